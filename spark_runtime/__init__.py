@@ -1,0 +1,42 @@
+"""Spark Runtime: run a script in a worker, reload it when it is saved, keep its state.
+
+Nothing is imported until it is used, so a script in a worker pays nothing for this package.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spark_runtime.errors import SparkError
+    from spark_workers.scripts.api import spark
+    from spark_workers.scripts.errors import (
+        SparkCancelError,
+        SparkControl,
+        SparkReloadError,
+        SparkStopError,
+        SparkUsageError,
+    )
+
+__version__ = "0.1.0"
+__all__ = [
+    "SparkCancelError",
+    "SparkControl",
+    "SparkError",
+    "SparkReloadError",
+    "SparkStopError",
+    "SparkUsageError",
+    "spark",
+]
+
+_HOMES = {"spark": "spark_workers.scripts.api", "SparkError": "spark_runtime.errors"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'spark_runtime' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES.get(name, "spark_workers.scripts.errors")), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

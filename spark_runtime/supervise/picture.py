@@ -1,0 +1,86 @@
+"""What a run looks like from outside: the picture that every client gets, and the events that change it."""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+Event = dict[str, Any]
+RATE_SECONDS = 2.0
+
+
+class Picture:
+    """The present look of a run. `publish` changes it and tells every subscriber."""
+
+    def __init__(self, run_id: str, script: str) -> None:
+        self._subscribers: list[Callable[[Event], None]] = []
+        self._passed: deque[tuple[float, int]] = deque()
+        self.run_id = run_id
+        self.script = script
+        self.state = "starting"
+        self.checkpoints = 0
+        self.place = ""
+        self.values: dict[str, Any] = {}
+        self.loops: dict[str, list[float]] = {}
+        self.functions: dict[str, Any] = {}
+        self.controls: dict[str, Any] = {}
+        self.error: Event | None = None
+        self.version = 0
+        self.reloads = 0
+        self.last_flush = time.monotonic()
+
+    def subscribe(self, subscriber: Callable[[Event], None]) -> Callable[[], None]:
+        """Have every later event sent to *subscriber*; return the function that ends that."""
+        self._subscribers.append(subscriber)
+        return lambda: self._subscribers.remove(subscriber)
+
+    def publish(self, event: str, **fields: Any) -> None:
+        """Tell every subscriber."""
+        told = {"event": event, **fields}
+        for each in list(self._subscribers):
+            each(told)
+
+    def flushed(self, checkpoints: int, place: str, values: dict[str, Any], loops: dict[str, list[float]]) -> None:
+        """The script has passed *checkpoints* and shows these values."""
+        now = time.monotonic()
+        self.last_flush = now
+        if checkpoints < self.checkpoints:
+            self._passed.clear()  # a crash took the run back
+        self._passed.append((now, checkpoints))
+        while self._passed[0][0] < now - RATE_SECONDS:
+            self._passed.popleft()
+        self.checkpoints, self.place, self.loops = checkpoints, place or self.place, loops
+        self.values.update(values)
+        if values:
+            self.publish("values", values=values, checkpoints=checkpoints)
+
+    def begin_worker(self) -> None:
+        """A new worker takes over: what it does not expose disappears."""
+        self._passed.clear()
+        self.values.clear()
+        self.functions, self.controls, self.loops = {}, {}, {}
+
+    def rate(self) -> float:
+        """Checkpoints a second, over the last two seconds."""
+        if len(self._passed) < 2 or self.state != "running":
+            return 0.0
+        (first, before), (last, after) = self._passed[0], self._passed[-1]
+        return (after - before) / (last - first) if last > first else 0.0
+
+    def whole(self) -> dict[str, Any]:
+        """Everything a client that comes late needs."""
+        return {
+            "run": self.run_id,
+            "script": self.script,
+            "state": self.state,
+            "checkpoints": self.checkpoints,
+            "rate": round(self.rate(), 3),
+            "place": self.place,
+            "values": self.values,
+            "loops": self.loops,
+            "functions": self.functions,
+            "controls": self.controls,
+            "version": self.version,
+            "reloads": self.reloads,
+            "error": self.error,
+        }

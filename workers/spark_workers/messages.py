@@ -1,0 +1,383 @@
+"""What supervisor, nursery and worker say to each other: small frozen types, msgpack on the wire.
+
+A message travels as ``[name, field, field, ...]``. Decoding checks the name, the number of fields and the type of each
+one, and refuses anything else: nothing that a worker sends is trusted. The receiver chooses by type.
+"""
+
+import dataclasses
+import typing
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+
+Json = Any  # None, bool, int, float, str, bytes, list or dict of these: what msgpack carries
+
+#: Where one part of a snapshot lies: segment, offset, length.
+Place = list[int]
+
+
+class MessageBroken(ValueError):
+    """The payload is not a message that this side knows."""
+
+
+_TYPES: dict[str, type["Message"]] = {}
+
+
+class Message:
+    """Base of everything that travels. Subclasses are frozen dataclasses and register themselves by name."""
+
+    __slots__ = ()
+
+    def __init_subclass__(cls) -> None:
+        _TYPES[cls.__name__] = cls  # the later class wins: dataclass(slots=True) makes a second one
+
+
+# --- supervisor to nursery -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Preload(Message):
+    """Import *modules*, then answer `NurseryReady`. Sent once, first."""
+
+    modules: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Fork(Message):
+    """Start worker *worker* at *entry*. Descriptors: channel, bell, stdout, stderr."""
+
+    worker: int
+    entry: str
+
+
+@dataclass(frozen=True, slots=True)
+class Signal(Message):
+    """Send *number* to worker *worker*; used where there are no pidfds."""
+
+    worker: int
+    number: int
+
+
+# --- nursery to supervisor -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class NurseryReady(Message):
+    """The imports are done; *left_out* maps modules that were not imported to the reason."""
+
+    modules: list[str]
+    left_out: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class NurserySpoiled(Message):
+    """After importing *module* a forked child hangs: this nursery must not be used, and the module be left out."""
+
+    module: str
+
+
+@dataclass(frozen=True, slots=True)
+class Forked(Message):
+    """Worker *worker* runs as *pid*. Descriptor: its pidfd, where there are pidfds."""
+
+    worker: int
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped(Message):
+    """The kernel reports worker *worker* stopped (SIGSTOP) or, with *stopped* false, going on."""
+
+    worker: int
+    stopped: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Exited(Message):
+    """Worker *worker* is dead and so is its session. A negative *status* is minus the signal."""
+
+    worker: int
+    status: int
+
+
+# --- supervisor to script worker -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Load(Message):
+    """Execute the top level of *script*. Answer: `Loaded` or `LoadFailed`.
+
+    *sources* maps paths to the bytes to execute for them, the script's own first; files of the user's tree
+    (*roots*) that are not in it are read from disk.
+    """
+
+    script: str
+    module: str
+    arguments: list[str]
+    sources: dict[str, bytes]
+    roots: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Start(Message):
+    """Run ``torch()``. *parts* are places in the segments whose descriptors come along, the stream first."""
+
+    paused: bool
+    reloaded: bool
+    meta: dict[str, Json]
+    parts: list[Place]
+    segments: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Message):
+    """Call the exposed function *name*. Answer: `Returned` or `Raised`."""
+
+    id: str
+    name: str
+    args: list[Json]
+    kwargs: dict[str, Json]
+
+
+@dataclass(frozen=True, slots=True)
+class CancelCall(Message):
+    """Raise in call *id* at its next checkpoint, or drop it if it has not begun."""
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ask(Message):
+    """Ask for something at the next checkpoint: pause, resume, stop, leave, snapshot, or step with a *count*."""
+
+    what: str
+    count: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Turn(Message):
+    """Set the control *name*, made with ``spark.control``, to *value*."""
+
+    name: str
+    value: Json
+
+
+@dataclass(frozen=True, slots=True)
+class Where(Message):
+    """Ask where the main thread is. Answered at once, by the side thread: `Here`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment(Message):
+    """The answer to `NeedSegment`. Descriptor: the memory."""
+
+    segment: int
+    size: int
+
+
+# --- script worker to supervisor -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded(Message):
+    """The top level ran. *files*: path to sha256 of every file of the user's tree that was read."""
+
+    files: dict[str, str]
+    wanted: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadFailed(Message):
+    """The top level raised or, with *unusable*, there is no entry. *text* is for people; *path* and *line* say where."""
+
+    unusable: bool
+    text: str
+    path: str
+    line: int
+    files: dict[str, str]
+    wanted: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Entered(Message):
+    """The worker's own state changed: running, idle, paused, resumed."""
+
+    state: str
+
+
+@dataclass(frozen=True, slots=True)
+class Flush(Message):
+    """What happened since the last flush: checkpoints passed in all, where the last was, values, series, notes."""
+
+    checkpoints: int
+    place: str
+    values: dict[str, Json]
+    series: list[list[Json]]
+    loops: dict[str, list[float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Exposed(Message):
+    """The names that can be called, with their signatures, and the controls."""
+
+    functions: dict[str, Json]
+    controls: dict[str, Json]
+
+
+@dataclass(frozen=True, slots=True)
+class Imported(Message):
+    """Files of the user's tree read since `Loaded`, and the installed modules a nursery may preload."""
+
+    files: dict[str, str]
+    installed: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class NeedSegment(Message):
+    """Ask for memory of at least *size* bytes. Answer: `Segment`."""
+
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot(Message):
+    """A complete snapshot: it replaces the one before. *seconds*: how long the script was held for it."""
+
+    meta: dict[str, Json]
+    parts: list[Place]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Began(Message):
+    """Call *id* has begun."""
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Returned(Message):
+    """Call *id* returned *value*."""
+
+    id: str
+    value: Json
+
+
+@dataclass(frozen=True, slots=True)
+class Raised(Message):
+    """Call *id* raised; *text* is the traceback."""
+
+    id: str
+    kind: str
+    message: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Note(Message):
+    """One line for the user, from the runtime; *level* is info or warning."""
+
+    level: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Wish(Message):
+    """The script itself asks, through its controller: pause, resume, stop, or step with a *count*."""
+
+    what: str
+    count: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Unread(Message):
+    """Persisted keys that the new code could not read, with the reasons. Their snapshot must be kept."""
+
+    keys: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Here(Message):
+    """Where the main thread is: the innermost line of the user's code, and whether it answered at all."""
+
+    place: str
+
+
+@dataclass(frozen=True, slots=True)
+class Left(Message):
+    """``torch()`` is over and the process will end: done, stopped, reload, error or exit."""
+
+    reason: str
+    status: int
+    text: str
+    path: str
+    line: int
+
+
+# --- the wire --------------------------------------------------------------------------------------------------------
+
+_PLAIN: dict[object, tuple[type, ...]] = {int: (int,), float: (float, int), str: (str,), bytes: (bytes,), bool: (bool,)}
+
+
+def _checker(hint: object) -> typing.Callable[[object], bool]:
+    """Return a function that tells whether a decoded value fits the annotation *hint*."""
+    if hint is Any:
+        return lambda value: True
+    if hint in _PLAIN:
+        kinds = _PLAIN[hint]
+        exact = bool in kinds
+        return lambda value: isinstance(value, kinds) and isinstance(value, bool) == exact
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is list:
+        item = _checker(inner[0])
+        return lambda value: isinstance(value, list) and all(item(each) for each in value)
+    if origin is dict:
+        key, item = _checker(inner[0]), _checker(inner[1])
+        return lambda value: isinstance(value, dict) and all(key(k) and item(v) for k, v in value.items())
+    raise TypeError(f"a message field cannot be {hint!r}")
+
+
+def _spec(kind: type[Message]) -> tuple[type[Message], list[tuple[str, typing.Callable[[object], bool]]]]:
+    hints = typing.get_type_hints(kind)
+    return kind, [(each.name, _checker(hints[each.name])) for each in dataclasses.fields(kind)]  # type: ignore[arg-type]
+
+
+_SPECS = {name: _spec(kind) for name, kind in _TYPES.items()}
+_GETTERS = {kind: [name for name, _ in fields] for kind, fields in _SPECS.values()}
+
+
+def encode(message: Message) -> bytes:
+    """Return the payload of *message*.
+
+    Raises:
+        MessageBroken: A field holds something that msgpack cannot carry.
+    """
+    kind = type(message)
+    try:
+        packed: bytes = msgpack.packb([kind.__name__, *(getattr(message, name) for name in _GETTERS[kind])])
+    except (TypeError, ValueError, OverflowError, RecursionError) as problem:
+        raise MessageBroken(f"{kind.__name__} cannot be encoded: {problem}") from problem
+    return packed
+
+
+def decode(payload: bytes) -> Message:
+    """Return the message in *payload*.
+
+    Raises:
+        MessageBroken: Not msgpack, nested too deep, an unknown name, or a field of the wrong type.
+    """
+    try:
+        items = msgpack.unpackb(payload, strict_map_key=True)
+    except (ValueError, RecursionError, msgpack.UnpackException, TypeError) as problem:
+        raise MessageBroken(f"not a message: {type(problem).__name__}: {problem}") from problem
+    if not isinstance(items, list) or not items or not isinstance(items[0], str) or items[0] not in _SPECS:
+        raise MessageBroken(f"not a message: {str(items)[:80]}")
+    kind, fields = _SPECS[items[0]]
+    if len(items) != len(fields) + 1:
+        raise MessageBroken(f"{items[0]} has {len(items) - 1} fields in place of {len(fields)}")
+    for value, (name, fits) in zip(items[1:], fields):
+        if not fits(value):
+            raise MessageBroken(f"{items[0]}.{name} cannot be {type(value).__name__}: {str(value)[:80]}")
+    return kind(*items[1:])
+

@@ -1,0 +1,223 @@
+"""The object that scripts call `spark`.
+
+In a worker it is attached to the script's `Session`. Under plain Python it is attached to nothing: `persist` calls the
+initializer, a checkpoint does nothing, and the script runs from top to bottom.
+"""
+
+import os
+import types
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from typing import Any, TypeVar, overload
+
+from spark_workers.messages import Wish
+from spark_workers.scripts.checkpoint import PauseTurn, Turn, idle_checkpoint
+from spark_workers.scripts.errors import SparkUsageError
+from spark_workers.scripts.loader import Entry, Shadow
+from spark_workers.scripts.loops import Loop, Loops
+from spark_workers.scripts.session import Session
+
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Controller:
+    """Steers the script from inside: what the terminal's keys and ``spark ctl`` do from outside."""
+
+    def __init__(self, owner: "Spark") -> None:
+        self._owner = owner
+
+    @property
+    def status(self) -> str:
+        """starting, running, pausing, paused, idle or stopping; always running without the runtime."""
+        session = self._owner.session
+        return session.status if session is not None else "running"
+
+    def pause(self) -> None:
+        """Pause at the next checkpoint."""
+        self._ask("pause")
+
+    def resume(self) -> None:
+        """Go on after a pause."""
+        self._ask("resume")
+
+    def stop(self) -> None:
+        """Raise `SparkStopError` at the next checkpoint."""
+        self._ask("stop")
+
+    def step(self, n: int = 1) -> None:
+        """Run to the *n*-th checkpoint from here, then pause."""
+        if n < 1:
+            raise SparkUsageError(f"step({n}): the number of checkpoints is at least 1")
+        self._ask("step", n)
+
+    def checkpoint(self) -> "Turn | PauseTurn":
+        """The same as ``spark.checkpoint()``."""
+        return self._owner.checkpoint()
+
+    def _ask(self, what: str, count: int = 0) -> None:
+        session = self._owner.session
+        if session is not None:
+            session.wish(Wish(what, count))
+
+
+class Spark:
+    """What a script uses of the runtime. One object for a process, `spark`.
+
+    Attributes:
+        checkpoint: Call it at every step: ``spark.checkpoint()``, in asynchronous code ``await spark.checkpoint()``.
+            It raises `SparkStopError` or `SparkReloadError` when that was asked, waits while paused, serves calls of
+            exposed functions, and otherwise costs about a tenth of a microsecond.
+        persisted: The persisted values, as a mutable mapping.
+        controller: Pause, resume, stop and step from inside the script.
+    """
+
+    checkpoint: Callable[[], "Turn | PauseTurn"]
+    persisted: MutableMapping[str, Any]
+
+    def __init__(self) -> None:
+        self.session: Session | None = None
+        self.main_entry: Entry | None = None
+        self.controller = Controller(self)
+        self.detach()
+
+    # --- state ---
+
+    def persist(
+        self,
+        key: str,
+        initializer: Callable[[], T],
+        *,
+        version: Any = None,
+        migrate: Callable[[Any], T] | None = None,
+    ) -> T:
+        """Return the value stored under *key*, which outlives a reload and a crash; make it the first time.
+
+        Args:
+            key: Its name.
+            initializer: Makes the value when nothing is stored.
+            version: Change it when the value's shape changes: the stored value then goes through *migrate*, or is
+                made anew.
+            migrate: Takes the old value, returns the new one.
+
+        Raises:
+            SparkUsageError: Called at the top level of a script.
+        """
+        if self.session is None:
+            if key not in self.persisted:
+                self.persisted[key] = initializer()
+            return self.persisted[key]  # type: ignore[no-any-return]
+        return self.session.persisted.persist(key, initializer, version, migrate)
+
+    def has_persisted(self, key: str) -> bool:
+        """Tell whether a value is stored under *key*."""
+        return key in self.persisted
+
+    def clear_persisted(self, key: str) -> None:
+        """Forget the value under *key*; nothing happens if there is none."""
+        if key in self.persisted:
+            del self.persisted[key]
+
+    def clear_all_persisted(self) -> None:
+        """Forget every stored value."""
+        self.persisted.clear()
+
+    # --- showing and being called ---
+
+    @overload
+    def expose(self, function: F, /) -> F: ...
+
+    @overload
+    def expose(self, bindings: Mapping[str, Any] | None = None, /, **named: Any) -> None: ...
+
+    def expose(self, first: Any = None, /, **named: Any) -> Any:
+        """Show values and offer functions: ``expose(train=train, state=state)``, a mapping, or as a decorator.
+
+        Values are read thirty times a second while the script passes checkpoints; functions can be called from the
+        terminal, the page and other programs. Calls add to earlier ones.
+        """
+        if first is not None and not isinstance(first, Mapping):
+            if not callable(first):
+                raise SparkUsageError(f"expose() takes name=value, a mapping, or a function to decorate, not {first!r}")
+            self._expose({first.__name__: first})
+            return first
+        self._expose({**(first or {}), **named})
+        return None
+
+    def _expose(self, bindings: Mapping[str, Any]) -> None:
+        if self.session is not None:
+            self.session.exposed.add({name: _exposable(value) for name, value in bindings.items()})
+
+    def log(self, **numbers: Any) -> None:
+        """Add one point to each named series."""
+        if self.session is not None:
+            self.session.log({name: _number(value) for name, value in numbers.items()})
+
+    def control(self, name: str, default: T, *, min: Any = None, max: Any = None) -> T:  # noqa: A002 - the documented names
+        """Return the value of a knob that users can turn while the script runs; read it at every step."""
+        if self.session is None:
+            return default
+        described = {"default": default, "min": min, "max": max}
+        return self.session.exposed.control(name, default, described)  # type: ignore[no-any-return]
+
+    # --- loops ---
+
+    def range(self, n: int, key: str | None = None) -> Loop[int]:
+        """Count from 0 to *n* - 1 with a checkpoint before each; after a reload go on where the last code was.
+
+        Args:
+            n: How many.
+            key: Names the position, for loops whose order may change from one version of the code to the next.
+        """
+        return self._loops().loop(range(n), key)
+
+    def loop(self, iterable: Iterable[T], key: str | None = None) -> Loop[T]:
+        """Iterate with a checkpoint before each item; after a reload skip what was done already."""
+        return self._loops().loop(iterable, key)
+
+    def _loops(self) -> Loops:
+        return self.session.loops if self.session is not None else Loops(idle_checkpoint)
+
+    # --- the entry ---
+
+    def main(self, function: F) -> F:
+        """Mark the function that the runtime runs, whatever its name.
+
+        Over ``def torch()`` in a module that imports PyTorch as ``torch`` the result also forwards attributes to
+        PyTorch, so that both uses of the name work.
+        """
+        shadowed = function.__globals__.get(function.__name__)
+        self.main_entry = function
+        if isinstance(shadowed, types.ModuleType):
+            return Shadow(function, shadowed)  # type: ignore[return-value]
+        return function
+
+    def create_controller(self) -> Controller:
+        """Return `controller`."""
+        return self.controller
+
+    # --- attachment ---
+
+    def attach(self, session: Session) -> None:
+        """Serve *session* from now on; what the script forks does not."""
+        self.session = session
+        self.checkpoint = session.checkpoint
+        self.persisted = session.persisted
+        os.register_at_fork(after_in_child=self.detach)
+
+    def detach(self) -> None:
+        """Be the object of a program that runs without the runtime."""
+        self.session = None
+        self.checkpoint = idle_checkpoint
+        self.persisted = {}
+
+
+def _exposable(value: object) -> object:
+    """A controller is shown as its status."""
+    return {"status": value.status} if isinstance(value, Controller) else value
+
+
+def _number(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else value
+
+
+spark = Spark()

@@ -1,0 +1,80 @@
+"""The worker's side thread: it reads the channel and does nothing but put messages where they are waited for.
+
+The script has the main thread. A message waits in a queue until the main thread reaches a checkpoint; only the
+question where the script is gets an answer at once, because it is asked when no checkpoint comes.
+"""
+
+import os
+import queue
+import sys
+import threading
+from collections.abc import Callable
+
+from spark_workers.channel import Channel
+from spark_workers.frames import FrameBroken
+from spark_workers.messages import Here, Message, MessageBroken, Segment, Where
+
+ORPHANED = 70
+
+Arrived = tuple[Message, list[int]]
+
+
+class Inbox:
+    """Messages that have arrived. *on_message*, when set, is called on the side thread for each."""
+
+    def __init__(self, channel: Channel, is_own: Callable[[str], bool]) -> None:
+        self._channel = channel
+        self._is_own = is_own
+        self._messages: queue.SimpleQueue[Arrived] = queue.SimpleQueue()
+        self._segments: queue.SimpleQueue[Arrived] = queue.SimpleQueue()
+        self._main = threading.main_thread().ident
+        self.on_message: Callable[[], None] | None = None
+
+    def start(self) -> None:
+        """Begin to read."""
+        threading.Thread(target=self._read, name="spark-channel", daemon=True).start()
+
+    def take(self, timeout: float | None = None) -> Arrived | None:
+        """Wait for a message, *timeout* seconds at most, for ever without one."""
+        try:
+            return self._messages.get(timeout=timeout)
+        except queue.Empty:
+            return None
+
+    def take_nowait(self) -> Arrived | None:
+        """Return a message that is here, or None."""
+        try:
+            return self._messages.get_nowait()
+        except queue.Empty:
+            return None
+
+    def segment(self) -> tuple[Segment, list[int]]:
+        """Wait for the memory that was asked for."""
+        message, descriptors = self._segments.get()
+        assert isinstance(message, Segment)
+        return message, descriptors
+
+    def _read(self) -> None:
+        try:
+            while True:
+                message, descriptors = self._channel.receive()
+                if isinstance(message, Segment):
+                    self._segments.put((message, descriptors))
+                elif isinstance(message, Where):
+                    self._channel.send(Here(self._place()))
+                else:
+                    self._messages.put((message, descriptors))
+                    if self.on_message is not None:
+                        self.on_message()
+        except (EOFError, OSError, FrameBroken, MessageBroken):
+            # The supervisor is gone, or what comes is not from it. State was its business; ours is not to linger.
+            os._exit(ORPHANED)
+
+    def _place(self) -> str:
+        """Where the main thread is: the innermost line of the user's code."""
+        frame = sys._current_frames().get(self._main or 0)
+        while frame is not None:
+            if self._is_own(frame.f_code.co_filename):
+                return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}()"
+            frame = frame.f_back
+        return ""
