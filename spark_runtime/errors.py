@@ -1,14 +1,14 @@
 """Every error of the runtime.
 
-    SparkError
-    ├── ScriptUnusable       the user's: the script cannot be run at all (missing, a folder, misnamed, unreadable)
-    ├── CallFailed           the script's: an exposed function raised, or there is none of that name
-    ├── RequestRefused       the user's: what was asked does not fit the run's state
-    ├── WorkerDied           the machine's: a worker ended while it owed an answer
-    ├── NurseryDied          the machine's: the process that starts workers ended
-    ├── ProtocolViolated     ours: the other side sent what it must not
-    ├── NoSuchRun            the user's: there is no run to talk to, or more than one
-    └── StoreError           the state folder: see supervise/store.py
+SparkError
+├── ScriptUnusable       the user's: the script cannot be run at all (missing, a folder, misnamed, unreadable)
+├── CallFailed           the script's: an exposed function raised, or there is none of that name
+├── RequestRefused       the user's: what was asked does not fit the run's state
+├── WorkerDied           the machine's: a worker ended while it owed an answer
+├── NurseryDied          the machine's: the process that starts workers ended
+├── ProtocolViolated     ours: the other side sent what it must not
+├── NoSuchRun            the user's: there is no run to talk to, or more than one
+└── StoreError           the state folder: see supervise/store.py
 """
 
 

@@ -16,13 +16,17 @@ def _planned(text: str) -> PlannedCall:
 
     name, equals, given = text.partition("=")
     if not name.isidentifier():
-        raise click.BadParameter(f"{text!r} does not begin with a function's name; write NAME or NAME=JSON", param_hint="--call")
+        raise click.BadParameter(
+            f"{text!r} does not begin with a function's name; write NAME or NAME=JSON", param_hint="--call"
+        )
     params: Any = None
     if equals:
         try:
             params = json.loads(given)
         except ValueError as problem:
-            raise click.BadParameter(f"the arguments of {name} are not JSON: {problem}", param_hint="--call") from problem
+            raise click.BadParameter(
+                f"the arguments of {name} are not JSON: {problem}", param_hint="--call"
+            ) from problem
     args, kwargs = arguments_of(params)
     return PlannedCall(name, tuple(args), kwargs)
 
@@ -30,9 +34,13 @@ def _planned(text: str) -> PlannedCall:
 @click.command("run", context_settings={"ignore_unknown_options": False})
 @click.argument("script", type=click.Path(path_type=Path))
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-@click.option("--call", "calls", multiple=True, metavar="NAME[=JSON]", help="Call an exposed function; may be repeated.")
+@click.option(
+    "--call", "calls", multiple=True, metavar="NAME[=JSON]", help="Call an exposed function; may be repeated."
+)
 @click.option("--exit", "exit_when_called", is_flag=True, help="End when the calls have returned, or torch() has.")
-@click.option("--watch/--no-watch", default=True, help="Reload when the script or a module of yours it imports is saved.")
+@click.option(
+    "--watch/--no-watch", default=True, help="Reload when the script or a module of yours it imports is saved."
+)
 @click.option("--poll", is_flag=True, help="Watch by looking, for network and container file systems.")
 @click.option("--resume", is_flag=True, help="Go on from the last snapshot on disk.")
 @click.option("--from", "resume_from", metavar="RUN", help="With --resume: the run to go on from, if not the newest.")

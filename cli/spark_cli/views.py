@@ -130,7 +130,9 @@ class LiveView(PlainView):
         from rich.text import Text
 
         picture = self._run.picture
-        colour = {"running": "green", "error": "red", "paused": "yellow", "pausing": "yellow"}.get(picture.state, "cyan")
+        colour = {"running": "green", "error": "red", "paused": "yellow", "pausing": "yellow"}.get(
+            picture.state, "cyan"
+        )
         text = Text.assemble((f" {picture.state}", f"bold {colour}"), f"  {picture.checkpoints:,}")
         if picture.state == "running":
             text.append(f"  {picture.rate():.1f}/s", "dim")
@@ -229,5 +231,3 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
-
-

@@ -12,8 +12,6 @@ from pathlib import Path
 
 from spark_runtime.errors import ScriptUnusable, SparkError
 
-MISSING = "missing"  # the digest of a file that is not there
-
 
 class CodeBroken(SparkError):
     """A saved file does not compile. The message is what Python would print."""
@@ -46,6 +44,7 @@ class Code:
         self._known: dict[Path, bytes] = {script: script.read_bytes()}
         self._wanted: set[Path] = set()
         self._versions = 0
+        self._is_gone = False
         self._shapes: dict[str, str] = {}
 
     def version(self) -> Version:
@@ -64,26 +63,30 @@ class Code:
         self._wanted.update(Path(name) for name in wanted)
         return {Path(name): self._known[Path(name)] for name in files}
 
-    def watched(self) -> dict[Path, str]:
-        """Every file whose saving matters, with the digest of what is known of it."""
-        missing = {path: MISSING for path in self._wanted}
+    def watched(self) -> dict[Path, str | None]:
+        """Every file whose saving matters, with the digest of what is known of it; None if it is not there."""
+        missing: dict[Path, str | None] = dict.fromkeys(self._wanted)
         return {**missing, **{path: _digest(source) for path, source in self._known.items()}}
 
     def saved(self, changes: Mapping[Path, bytes | None]) -> None:
-        """Take in what saved files hold; None for a file that is gone.
-
-        Raises:
-            CodeBroken: The script is gone, or one of the files does not compile.
-        """
+        """Take in what saved files hold; None for a file that is gone."""
+        self._is_gone = changes.get(self._script, b"") is None
         for path, source in changes.items():
             if source is not None:
                 self._known[path] = source
             elif path != self._script:
                 self._known.pop(path, None)
                 self._wanted.add(path)
-        if changes.get(self._script, b"") is None:
+
+    def check(self) -> None:
+        """Compile what is known. Slow for large files, so it is called beside the loop.
+
+        Raises:
+            CodeBroken: The script is gone, or one of the files does not compile.
+        """
+        if self._is_gone:
             raise CodeBroken(f"{self._script} is gone\n", self._script, 0)
-        for path, source in self._known.items():
+        for path, source in list(self._known.items()):
             self._check(path, source)
 
     def differences(self, version: Version) -> list[Path]:
@@ -129,7 +132,9 @@ def check_script(script: Path) -> tuple[Path, list[str]]:
     _check_text(path)
     notes = []
     if status.st_mode & stat.S_IWOTH:
-        notes.append(f"{script} can be written by every user of this machine, and is run whenever it is saved: `chmod o-w {script}`")
+        notes.append(
+            f"{script} can be written by every user of this machine, and is run whenever it is saved: `chmod o-w {script}`"
+        )
     return path, notes
 
 
@@ -146,7 +151,9 @@ def _check_names(path: Path) -> None:
     if path.stem == "torch":
         raise ScriptUnusable(f"{path} hides PyTorch from itself and every module beside it; rename it, to train.py say")
     if path.stem in sys.stdlib_module_names:
-        raise ScriptUnusable(f"{path} hides Python's own module {path.stem!r} from itself and every module beside it; rename it")
+        raise ScriptUnusable(
+            f"{path} hides Python's own module {path.stem!r} from itself and every module beside it; rename it"
+        )
     for name in sorted(os.listdir(path.parent)):
         stem = name.removesuffix(".py")
         is_module = name.endswith(".py") or (path.parent / name / "__init__.py").is_file()

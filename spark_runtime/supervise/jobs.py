@@ -91,7 +91,9 @@ class Jobs:
             job.has_begun = False
             job.crashes += 1
             if job.crashes > MOST_CRASHES:
-                self._fail(job, WorkerDied(f"{job.name}() was given up: the worker died {job.crashes} times in it ({how})"))
+                self._fail(
+                    job, WorkerDied(f"{job.name}() was given up: the worker died {job.crashes} times in it ({how})")
+                )
 
     def worker_left(self) -> None:
         """The worker made room for newer code: what it had begun is repeated there."""

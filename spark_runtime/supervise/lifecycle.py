@@ -16,9 +16,7 @@ from typing import Literal
 
 from spark_runtime.errors import ProtocolViolated, RequestRefused
 
-State = Literal[
-    "starting", "running", "idle", "pausing", "paused", "reloading", "stopping", "stopped", "error", "done"
-]
+State = Literal["starting", "running", "idle", "pausing", "paused", "reloading", "stopping", "stopped", "error", "done"]
 Event = Literal[
     "running", "idle", "paused", "pause", "resume", "step", "stop", "leave", "start", "halted", "finished", "failed"
 ]

@@ -64,10 +64,21 @@ class Process:
 class Nursery:
     """One nursery process."""
 
-    def __init__(self, modules: list[str], on_ready: Callable[["Nursery"], None], on_lost: Callable[["Nursery"], None]) -> None:
+    def __init__(
+        self, modules: list[str], on_ready: Callable[["Nursery"], None], on_lost: Callable[["Nursery"], None]
+    ) -> None:
         ours, theirs = socket.socketpair()
         flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
-        command = [sys.executable, *flags, "-P", "-m", "spark_workers", "nursery", str(theirs.fileno()), str(os.getpid())]
+        command = [
+            sys.executable,
+            *flags,
+            "-P",
+            "-m",
+            "spark_workers",
+            "nursery",
+            str(theirs.fileno()),
+            str(os.getpid()),
+        ]
         self._popen = subprocess.Popen(
             command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True, env=_environment()
         )

@@ -82,7 +82,9 @@ class RpcClient:
     async def _act(self, request: dict[str, Any]) -> Any:
         method = self._methods.get(request["method"])
         if method is None:
-            raise RpcProblem(NO_METHOD, f"there is no method {request['method']!r}; there is {', '.join(self._methods)}")
+            raise RpcProblem(
+                NO_METHOD, f"there is no method {request['method']!r}; there is {', '.join(self._methods)}"
+            )
         params = request.get("params", {})
         try:
             result = method(**params) if isinstance(params, dict) else method(*params)
@@ -127,7 +129,9 @@ def arguments_of(params: Any) -> tuple[list[Any], dict[str, Any]]:
 
 def plain_event(event: Mapping[str, Any]) -> dict[str, Any]:
     """Return an event as JSON can carry it: what a script printed becomes text."""
-    return {key: value.decode("utf-8", "replace") if isinstance(value, bytes) else value for key, value in event.items()}
+    return {
+        key: value.decode("utf-8", "replace") if isinstance(value, bytes) else value for key, value in event.items()
+    }
 
 
 def _result(job: Job) -> Any:

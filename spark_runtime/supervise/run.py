@@ -9,7 +9,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,9 @@ NATIVE_SECONDS = 1.0
 class Run:
     """Runs one script until it has ended; see `run`."""
 
-    def __init__(self, options: RunOptions, run_id: str, folder: RunFolder | None, preload: PreloadList, scratch: Path) -> None:
+    def __init__(
+        self, options: RunOptions, run_id: str, folder: RunFolder | None, preload: PreloadList, scratch: Path
+    ) -> None:
         self._options = options
         self._loop = asyncio.get_running_loop()
         self._ended: asyncio.Future[int] = self._loop.create_future()
@@ -50,7 +52,9 @@ class Run:
         self._preload = preload
         self._restarts = Restarts()
         self._good: Version | None = None  # the last version that passed a checkpoint
-        self._then: Callable[[], None] | None = None  # what to do when the current worker is gone, in place of the usual
+        self._then: Callable[[], None] | None = (
+            None  # what to do when the current worker is gone, in place of the usual
+        )
         self._is_quitting = False
         self._interrupts = 0
         self._starts_paused = False
@@ -139,7 +143,7 @@ class Run:
         """The next worker has executed the script's top level: begin, or ask the current one to make room."""
         self._cancel("load")
         sources = self._code.learn(loaded.files, loaded.wanted)
-        cast.version = replace(cast.version, sources={**cast.version.sources, **sources})
+        cast.version = _with(cast.version, sources)
         self._watch()
         if self._stage.current is None:
             self._begin()
@@ -177,7 +181,9 @@ class Run:
         self.picture.begin_worker()
         self.picture.version = cast.version.number
         reloaded = self.state.newest is not None
-        message, descriptors = self.state.start_message(cast.worker.number, paused=self._starts_paused, reloaded=reloaded)
+        message, descriptors = self.state.start_message(
+            cast.worker.number, paused=self._starts_paused, reloaded=reloaded
+        )
         cast.worker.send(message, descriptors)
         for job in self.jobs.unfinished():
             cast.worker.send(job.message())
@@ -295,7 +301,7 @@ class Run:
 
     def _on_imported(self, cast: Cast, event: m.Imported) -> None:
         sources = self._code.learn(event.files, [])
-        cast.version = replace(cast.version, sources={**cast.version.sources, **sources})
+        cast.version = _with(cast.version, sources)
         self._watch()
         if event.installed:
             self._preload.save(event.installed)
@@ -311,7 +317,9 @@ class Run:
 
     def _on_snapshot(self, cast: Cast, event: m.Snapshot) -> None:
         kept = self.state.commit(cast.worker.number, event)
-        self.picture.publish("snapshot", checkpoints=kept.checkpoints, bytes=kept.nbytes, seconds=round(event.seconds, 4))
+        self.picture.publish(
+            "snapshot", checkpoints=kept.checkpoints, bytes=kept.nbytes, seconds=round(event.seconds, 4)
+        )
 
     def _on_unread(self, cast: Cast, event: m.Unread) -> None:
         for key, reason in event.keys.items():
@@ -334,7 +342,9 @@ class Run:
 
     def _on_frozen(self, cast: Cast, event: Frozen) -> None:
         if event.stopped:
-            self._later("frozen", FROZEN_SECONDS, lambda: cast.worker.kill("it was stopped (SIGSTOP) and did not go on"))
+            self._later(
+                "frozen", FROZEN_SECONDS, lambda: cast.worker.kill("it was stopped (SIGSTOP) and did not go on")
+            )
         else:
             self._cancel("frozen")
 
@@ -364,6 +374,7 @@ class Run:
 
     def _on_saved(self, changes: dict[Path, bytes | None]) -> None:
         saved_at = time.monotonic()
+        self._code.saved(changes)  # at once: a later `_watch` must not name the content from before
         before = self._saving
         self._saving = asyncio.ensure_future(self._take_saved(changes, saved_at, before))
 
@@ -375,7 +386,7 @@ class Run:
             await before
         runs = self._stage.next or self._stage.current
         try:
-            await asyncio.to_thread(self._code.saved, changes)
+            await asyncio.to_thread(self._code.check)
             if runs is not None and not await asyncio.to_thread(self._code.differences, runs.version):
                 self._on_same(runs)
                 return
@@ -606,11 +617,21 @@ class Run:
 
     def _leave_out(self, package: str) -> None:
         self._preload.leave_out(package)
-        self.note(f"{package} cannot be imported ahead: forked processes hang after it; it is imported by each worker", "warning")
+        self.note(
+            f"{package} cannot be imported ahead: forked processes hang after it; it is imported by each worker",
+            "warning",
+        )
 
     def is_live(self) -> bool:
         """Tell whether a worker runs the script, or is about to."""
         return self.picture.state in LIVE
+
+
+def _with(version: Version, imported: Mapping[Path, bytes]) -> Version:
+    """Return *version* with the files that its worker has imported since; what it was given stays as it was."""
+    return replace(
+        version, sources={**version.sources, **{k: v for k, v in imported.items() if k not in version.sources}}
+    )
 
 
 def _describe(death: Death) -> str:

@@ -70,7 +70,12 @@ class RunState:
             ValueError: It names memory that is not there; the one before stays.
         """
         for number, offset, length in snapshot.parts:
-            if number not in self._segments or offset < 0 or length < 0 or offset + length > self._segments[number].size:
+            if (
+                number not in self._segments
+                or offset < 0
+                or length < 0
+                or offset + length > self._segments[number].size
+            ):
                 raise ValueError(f"a snapshot names bytes {offset}+{length} of segment {number}")
         kept = Kept(snapshot.meta, snapshot.parts)
         self.newest = kept

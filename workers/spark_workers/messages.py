@@ -380,4 +380,3 @@ def decode(payload: bytes) -> Message:
         if not fits(value):
             raise MessageBroken(f"{items[0]}.{name} cannot be {type(value).__name__}: {str(value)[:80]}")
     return kind(*items[1:])
-

@@ -152,7 +152,7 @@ class Spark:
         if self.session is not None:
             self.session.log({name: _number(value) for name, value in numbers.items()})
 
-    def control(self, name: str, default: T, *, min: Any = None, max: Any = None) -> T:  # noqa: A002 - the documented names
+    def control(self, name: str, default: T, *, min: Any = None, max: Any = None) -> T:
         """Return the value of a knob that users can turn while the script runs; read it at every step."""
         if self.session is None:
             return default

@@ -6,8 +6,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from spark_workers.messages import Began, Call, Message, MessageBroken, Raised, Returned
 from spark_workers.frames import FrameBroken
+from spark_workers.messages import Began, Call, Message, MessageBroken, Raised, Returned
 from spark_workers.scripts.errors import SparkCancelError, control_in
 from spark_workers.scripts.exposed import ExposedNames
 from spark_workers.scripts.loops import Loops
@@ -66,7 +66,7 @@ class Calls:
                     value = asyncio.run(value)
                 self._answer(call, value)
                 finished = True
-            except BaseException as problem:  # noqa: BLE001 - sorted out below; what is not the call's goes on
+            except BaseException as problem:
                 finished = self._fail(call, problem)
                 if not finished:
                     raise
@@ -91,7 +91,7 @@ class Calls:
                 value = await value
             self._answer(call, value)
             finished = True
-        except BaseException as problem:  # noqa: BLE001 - sorted out below; what is not the call's goes on
+        except BaseException as problem:
             finished = self._fail(call, problem)
             if not finished:
                 raise
@@ -128,6 +128,8 @@ class Calls:
             return True
         if control is not None or not isinstance(problem, Exception):
             return False
-        text = "" if isinstance(problem, LookupError) and problem.__traceback__ is None else format_script_error(problem)
+        text = (
+            "" if isinstance(problem, LookupError) and problem.__traceback__ is None else format_script_error(problem)
+        )
         self._send(Raised(call.id, type(problem).__name__, str(problem), text))
         return True

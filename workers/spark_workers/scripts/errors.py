@@ -1,12 +1,12 @@
 """What the script object raises.
 
-    BaseException
-    └── SparkControl            the runtime takes the script's turn away; ``except Exception`` lets it through
-        ├── SparkStopError      stop was asked; may be caught to finish cleanly
-        ├── SparkReloadError    new code is waiting; must not be caught
-        └── SparkCancelError    this one call of an exposed function was cancelled
-    RuntimeError
-    └── SparkUsageError         the script uses the object in a way that cannot work
+BaseException
+└── SparkControl            the runtime takes the script's turn away; ``except Exception`` lets it through
+    ├── SparkStopError      stop was asked; may be caught to finish cleanly
+    ├── SparkReloadError    new code is waiting; must not be caught
+    └── SparkCancelError    this one call of an exposed function was cancelled
+RuntimeError
+└── SparkUsageError         the script uses the object in a way that cannot work
 """
 
 

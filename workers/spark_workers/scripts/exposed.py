@@ -55,7 +55,9 @@ class ExposedNames:
         """Return functions and controls as plain data, for the supervisor."""
         self.is_announced = True
         functions = {name: _signature(function) for name, function in self.functions.items()}
-        controls = {name: {**each, "value": self.turned.get(name, each["default"])} for name, each in self.controls.items()}
+        controls = {
+            name: {**each, "value": self.turned.get(name, each["default"])} for name, each in self.controls.items()
+        }
         return functions, controls
 
     def changes(self) -> dict[str, Any]:

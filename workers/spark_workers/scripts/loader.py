@@ -35,8 +35,7 @@ class NoEntry(SparkUsageError):
 def compile_script(source: bytes, path: str) -> types.CodeType:
     """Compile a script, with a clashing ``def torch()`` (form A) moved to a hidden name."""
     tree = ast.parse(source, path)
-    entry = _clashing_entry(tree)
-    if entry is not None:
+    for entry in _clashing_entries(tree):
         entry.name = HIDDEN
     return compile(tree, path, "exec", dont_inherit=True)
 
@@ -69,7 +68,9 @@ def find_entry(module: types.ModuleType, marked: Entry | None) -> Entry:
     if isinstance(entry, types.FunctionType) and entry.__name__ == HIDDEN:
         _show_as_written(entry)
     if not callable(entry) or isinstance(entry, (types.ModuleType, type)):
-        raise NoEntry(f"{module.__file__}:1: there is no torch(): define `def torch():`, or put `@spark.main` over a function")
+        raise NoEntry(
+            f"{module.__file__}:1: there is no torch(): define `def torch():`, or put `@spark.main` over a function"
+        )
     return entry  # type: ignore[no-any-return]
 
 
@@ -95,13 +96,11 @@ def _show_as_written(entry: types.FunctionType) -> None:
     entry.__code__ = entry.__code__.replace(**changed)  # type: ignore[arg-type]
 
 
-def _clashing_entry(tree: ast.Module) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
+def _clashing_entries(tree: ast.Module) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
     if not any(_imports_torch(node) for node in _top_level(tree.body)):
-        return None
-    for node in tree.body:
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name == ENTRY and not _is_marked(node):
-            return node
-    return None
+        return []
+    functions = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    return [node for node in functions if node.name == ENTRY and not _is_marked(node)]
 
 
 def _top_level(body: list[ast.stmt]) -> list[ast.stmt]:

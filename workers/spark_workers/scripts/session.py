@@ -56,6 +56,7 @@ FLUSH_FACTOR = 100  # showing values costs the script at most a hundredth of its
 IDLE_SECONDS = 0.25
 THREAD_PAUSE_SECONDS = 0.01
 MANY_MODULES = 20
+_UNKNOWN = object()
 IMPORTS_SECONDS = 1.0
 
 
@@ -83,7 +84,7 @@ class Session:
         self._next_imports = 0.0
         self._raised: SparkControl | None = None
         self._status = "starting"
-        self._dropped: set[str] = set()
+        self._dropped: dict[str, object] = {}  # keys that could not be kept, with the value they had then
         self._resumed: asyncio.Event | None = None
         self.persisted.is_open = False
 
@@ -298,8 +299,7 @@ class Session:
         }
         began = time.monotonic()
         try:
-            content = {**self.persisted.content(), RUNTIME: runtime}
-            dropped = self._snapshots.take(content, {"checkpoints": self._passed()})
+            dropped = self._snapshots.take({**self._keepable(), RUNTIME: runtime}, {"checkpoints": self._passed()})
         except SnapshotRefused as problem:
             self.note(f"{problem}; the state from before is kept", "warning")
             dropped = ()
@@ -307,11 +307,20 @@ class Session:
         before = self._schedule.interval
         self._schedule.taken(cost)
         if self._schedule.interval > max(before, 2 * 30.0):
-            self.note(f"a snapshot holds the script for {cost:.1f} s, so one is taken every {self._schedule.interval:.0f} s")
+            self.note(
+                f"a snapshot holds the script for {cost:.1f} s, so one is taken every {self._schedule.interval:.0f} s"
+            )
         for each in dropped:
             if each.key not in self._dropped:
-                self._dropped.add(each.key)
-                self.note(f"{each.path} is not kept over a reload ({each.reason}): its initializer makes it anew", "warning")
+                self.note(
+                    f"{each.path} is not kept over a reload ({each.reason}): its initializer makes it anew", "warning"
+                )
+            self._dropped[each.key] = self.persisted.content().get(each.key)
+
+    def _keepable(self) -> dict[str, Any]:
+        """The persisted values, less those that could not be kept the last time: finding that out takes a while."""
+        content = self.persisted.content()
+        return {key: value for key, value in content.items() if self._dropped.get(key, _UNKNOWN) is not value}
 
     # --- showing ---
 
@@ -407,7 +416,9 @@ class AsyncHost:
                 if main.done() and not tasks:
                     self._session.enter("paused" if self._session.asks.paused else "idle")
                 waiting = asyncio.ensure_future(woken.wait())
-                done, _ = await asyncio.wait({*tasks, waiting}, timeout=IDLE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                done, _ = await asyncio.wait(
+                    {*tasks, waiting}, timeout=IDLE_SECONDS, return_when=asyncio.FIRST_COMPLETED
+                )
                 waiting.cancel()
                 tasks -= done
                 for each in done - {waiting}:
@@ -442,4 +453,3 @@ def _place(tree: Tree) -> str:
             return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
     return ""
-

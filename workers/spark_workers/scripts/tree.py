@@ -158,7 +158,11 @@ def forget_shadowed(roots: Sequence[str], tree: Tree) -> None:
         own |= {entry for entry in entries if os.path.isfile(os.path.join(root, entry, "__init__.py"))}
         for name in own & {each.partition(".")[0] for each in list(sys.modules)}:
             origin = getattr(sys.modules.get(name), "__file__", None)
-            if name not in sys.stdlib_module_names and not (origin and tree.is_own(origin)) and not name.startswith("spark_"):
+            if (
+                name not in sys.stdlib_module_names
+                and not (origin and tree.is_own(origin))
+                and not name.startswith("spark_")
+            ):
                 for each in [each for each in sys.modules if each == name or each.startswith(f"{name}.")]:
                     del sys.modules[each]
 

@@ -58,7 +58,9 @@ def _convert(value: object, depth: int, limits: _Limits) -> Any:
 def _mapping(value: Mapping[Any, Any], depth: int, limits: _Limits) -> dict[str, Any]:
     shown: dict[str, Any] = {}
     for key, item in list(value.items())[: limits.items]:
-        shown[key if isinstance(key, str) else str(_convert(key, depth - 1, limits))] = _convert(item, depth - 1, limits)
+        shown[key if isinstance(key, str) else str(_convert(key, depth - 1, limits))] = _convert(
+            item, depth - 1, limits
+        )
     if len(value) > limits.items:
         shown["…"] = f"{len(value) - limits.items} more"
     return shown

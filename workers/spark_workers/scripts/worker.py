@@ -142,7 +142,9 @@ def _exit_status(asked: SystemExit) -> int:
 
 
 def _no_input(prompt: object = "") -> str:
-    raise EOFError("input(): under `spark run` a script has no standard input; use spark.control() or an exposed function")
+    raise EOFError(
+        "input(): under `spark run` a script has no standard input; use spark.control() or an exposed function"
+    )
 
 
 def _no_breakpoint(*args: Any, **kwargs: Any) -> None:

@@ -1,0 +1,30 @@
+"""What every test has: a runtime folder of its own, so that runs of other tests and of the user are not seen."""
+
+import faulthandler
+import os
+import tempfile
+from collections.abc import Iterator
+
+import pytest
+
+faulthandler.enable()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_runtime_folder() -> Iterator[None]:
+    with tempfile.TemporaryDirectory(prefix="sparkrt-test-") as folder:
+        os.environ["SPARKRT_RUNTIME_DIR"] = folder
+        yield
+        del os.environ["SPARKRT_RUNTIME_DIR"]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_in_shared_memory() -> Iterator[None]:
+    before = _shared_memory()
+    yield
+    left = _shared_memory() - before
+    assert not {name for name in left if "spark" in name}, f"left in /dev/shm: {left}"
+
+
+def _shared_memory() -> set[str]:
+    return set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
