@@ -95,9 +95,8 @@ def status(outer: str | None, run: str | None, as_json: bool) -> None:
         click.echo(json.dumps(picture, indent=2))
         return
     click.echo(f"{picture['script']}  run {picture['run']}")
-    click.echo(
-        f"{picture['state']}, checkpoint {picture['checkpoints']}, {picture['rate']:.1f}/s, code version {picture['version']}"
-    )
+    pace = f"checkpoint {picture['checkpoints']}, {picture['rate']:.1f}/s"
+    click.echo(f"{picture['state']}, {pace}, code version {picture['version']}")
     for name, value in picture["values"].items():
         click.echo(f"  {name} = {json.dumps(value)}")
     for name in picture["functions"]:

@@ -191,7 +191,7 @@ def _error_text(event: Event) -> str:
         "script": "the script raised",
         "worker": "the worker is gone",
     }
-    return line(f"{titles[event['kind']]}:") + event["text"]
+    return f"{line(titles[event['kind']] + ':')}{event['text']}"
 
 
 def _state_text(event: Event) -> str:
@@ -200,13 +200,14 @@ def _state_text(event: Event) -> str:
         "stopped": "stopped; what is persisted is kept",
         "error": "in error; what is persisted is as of the last snapshot",
     }
-    return f"{ways.get(event['state'], event['state'])} (checkpoint {event['checkpoints']})"
+    way = ways.get(event["state"], event["state"])
+    return f"{way} (checkpoint {event['checkpoints']})"
 
 
 def _job_text(event: Event) -> str:
     if event["step"] == "returned":
         return line(f"{event['name']}() returned {json.dumps(event['result'])[:2000]}")
-    return line(f"{event['name']}() raised {event['error']}") + event["text"]
+    return f"{line(event['name'] + '() raised ' + event['error'])}{event['text']}"
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:

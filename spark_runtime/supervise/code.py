@@ -133,7 +133,7 @@ def check_script(script: Path) -> tuple[Path, list[str]]:
     notes = []
     if status.st_mode & stat.S_IWOTH:
         notes.append(
-            f"{script} can be written by every user of this machine, and is run whenever it is saved: `chmod o-w {script}`"
+            f"{script} can be written by every user of this machine, and runs when saved: `chmod o-w {script}`"
         )
     return path, notes
 
@@ -152,7 +152,7 @@ def _check_names(path: Path) -> None:
         raise ScriptUnusable(f"{path} hides PyTorch from itself and every module beside it; rename it, to train.py say")
     if path.stem in sys.stdlib_module_names:
         raise ScriptUnusable(
-            f"{path} hides Python's own module {path.stem!r} from itself and every module beside it; rename it"
+            f"{path} hides Python's own module {path.stem!r} from every module beside it; rename it"
         )
     for name in sorted(os.listdir(path.parent)):
         stem = name.removesuffix(".py")
@@ -175,8 +175,8 @@ def _check_text(path: Path) -> None:
             return  # it says what it is; Python judges that
         line = source.count(b"\n", 0, problem.start) + 1
         raise ScriptUnusable(
-            f"{path}:{line}: byte {source[problem.start]:#x} is not UTF-8; save the file as UTF-8, or name its encoding in the "
-            "first line: # -*- coding: latin-1 -*-"
+            f"{path}:{line}: byte {source[problem.start]:#x} is not UTF-8; save the file as UTF-8, or name its "
+            "encoding in the first line: # -*- coding: latin-1 -*-"
         ) from problem
 
 

@@ -1,4 +1,4 @@
-"""The control socket: a JSON-RPC request a line, an answer a line, for ``spark ctl`` and other programs of this user."""
+"""The control socket: a JSON-RPC request a line, an answer a line, for ``spark ctl`` and this user's programs."""
 
 import asyncio
 import json

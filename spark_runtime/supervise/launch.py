@@ -125,7 +125,12 @@ def _handle_signals(run: Run) -> Callable[[], None]:
     }
     for number, action in actions.items():
         loop.add_signal_handler(number, action)
-    return lambda: [loop.remove_signal_handler(number) for number in actions] and None
+
+    def end() -> None:
+        for number in actions:
+            loop.remove_signal_handler(number)
+
+    return end
 
 
 def _reload(run: Run) -> None:

@@ -115,7 +115,8 @@ class Run:
     def _decide(self, state: State) -> None:
         """End the run where its state and its options say so."""
         if state == "done":
-            self.state.folder and self.state.folder.finish()
+            if self.state.folder is not None:
+                self.state.folder.finish()
             self._end(0)
         elif state == "error" and (self._is_quitting or not self._options.waits_for_save):
             self._end(1)

@@ -99,7 +99,7 @@ class RunState:
         segment = self._segments.take(max(1, sum(-(-each // 64) * 64 for each in lengths)), NEWEST)
         parts, offset = [], 0
         for index, length in enumerate(lengths):
-            with _writable(segment) as memory:
+            with _Writable(segment) as memory:
                 stored.read_into(index, memory[offset : offset + length])
             parts.append([segment.number, offset, length])
             offset += -(-length // 64) * 64
@@ -150,10 +150,14 @@ class RunState:
 
     def _posted(self, function: Callable[[str], None]) -> Callable[[str], None]:
         """Return *function* as another thread may call it: it runs on the loop."""
-        return lambda text: self._loop.call_soon_threadsafe(function, text) and None
+
+        def post(text: str) -> None:
+            self._loop.call_soon_threadsafe(function, text)
+
+        return post
 
 
-class _writable:
+class _Writable:
     """A segment mapped for writing, for the length of a block."""
 
     def __init__(self, segment: OwnedSegment) -> None:

@@ -117,8 +117,7 @@ def _shared_page() -> int:
     if sys.platform == "linux":
         descriptor = os.memfd_create("sparkrt-bell")
     else:
-        file = tempfile.TemporaryFile()  # unlinked: it ends with its last descriptor
-        descriptor = os.dup(file.fileno())
-        file.close()
+        with tempfile.TemporaryFile() as file:  # unlinked: it ends with its last descriptor
+            descriptor = os.dup(file.fileno())
     os.ftruncate(descriptor, mmap.PAGESIZE)
     return descriptor

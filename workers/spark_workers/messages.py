@@ -149,7 +149,7 @@ class CancelCall(Message):
 
 @dataclass(frozen=True, slots=True)
 class Ask(Message):
-    """Ask for something at the next checkpoint: pause, resume, stop, leave, snapshot, or step with a *count*."""
+    """Ask for something at the next checkpoint: pause, resume, stop, leave, snapshot, step with a *count*."""
 
     what: str
     count: int = 0
@@ -189,7 +189,7 @@ class Loaded(Message):
 
 @dataclass(frozen=True, slots=True)
 class LoadFailed(Message):
-    """The top level raised or, with *unusable*, there is no entry. *text* is for people; *path* and *line* say where."""
+    """The top level raised or, with *unusable*, there is no entry. *text* is for people."""
 
     unusable: bool
     text: str
@@ -376,7 +376,7 @@ def decode(payload: bytes) -> Message:
     kind, fields = _SPECS[items[0]]
     if len(items) != len(fields) + 1:
         raise MessageBroken(f"{items[0]} has {len(items) - 1} fields in place of {len(fields)}")
-    for value, (name, fits) in zip(items[1:], fields):
+    for value, (name, fits) in zip(items[1:], fields, strict=True):
         if not fits(value):
             raise MessageBroken(f"{items[0]}.{name} cannot be {type(value).__name__}: {str(value)[:80]}")
     return kind(*items[1:])

@@ -83,7 +83,7 @@ def command_of(pid: int) -> bytes:
 
 
 def is_resource_tracker(pid: int) -> bool:
-    """Tell whether *pid* is multiprocessing's resource tracker, which must outlive the others to clean up after them."""
+    """Tell whether *pid* is multiprocessing's resource tracker, which cleans up after the others have ended."""
     return b"multiprocessing.resource_tracker" in command_of(pid)
 
 

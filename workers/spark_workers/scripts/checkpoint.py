@@ -8,7 +8,8 @@ the script runs so that values are shown. So there is no clock to read here, and
 import asyncio
 import time
 import warnings
-from collections.abc import Awaitable, Callable, Generator, Iterator
+from collections.abc import Awaitable, Callable, Generator
+from typing import Any, cast
 
 TURN_SECONDS = 0.001
 
@@ -21,7 +22,7 @@ class Turn:
     def __init__(self) -> None:
         self._next = 0.0
 
-    def __await__(self) -> Iterator[None]:
+    def __await__(self) -> Generator[Any, None, None]:
         now = _clock()
         if now < self._next:
             return _NO_WAIT
@@ -38,21 +39,21 @@ class PauseTurn:
         self._wait = wait
         self._awaited = False
 
-    def __await__(self) -> Generator[object, None, None]:
+    def __await__(self) -> Generator[Any, None, None]:
         self._awaited = True
-        return self._wait().__await__()  # type: ignore[return-value]
+        return self._wait().__await__()
 
     def __del__(self) -> None:
         if not self._awaited:
             warnings.warn(
-                "spark.checkpoint() was not awaited, so it could not wait while paused: write `await spark.checkpoint()`",
+                "spark.checkpoint() was not awaited, so it could not wait: write `await spark.checkpoint()`",
                 RuntimeWarning,
                 stacklevel=2,
             )
 
 
 _clock = time.monotonic
-_NO_WAIT: Iterator[None] = iter(())
+_NO_WAIT = cast("Generator[Any, None, None]", iter(()))  # an iterator that is at its end: nothing to wait for
 DONE = Turn()
 
 Checkpoint = Callable[[], "Turn | PauseTurn"]

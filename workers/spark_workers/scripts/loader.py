@@ -71,7 +71,7 @@ def find_entry(module: types.ModuleType, marked: Entry | None) -> Entry:
         raise NoEntry(
             f"{module.__file__}:1: there is no torch(): define `def torch():`, or put `@spark.main` over a function"
         )
-    return entry  # type: ignore[no-any-return]
+    return entry
 
 
 class Shadow:
@@ -90,10 +90,9 @@ class Shadow:
 
 def _show_as_written(entry: types.FunctionType) -> None:
     entry.__name__ = entry.__qualname__ = ENTRY
-    changed = {"co_name": ENTRY}
+    entry.__code__ = entry.__code__.replace(co_name=ENTRY)
     if sys.version_info >= (3, 11):
-        changed["co_qualname"] = ENTRY
-    entry.__code__ = entry.__code__.replace(**changed)  # type: ignore[arg-type]
+        entry.__code__ = entry.__code__.replace(co_qualname=ENTRY)
 
 
 def _clashing_entries(tree: ast.Module) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:

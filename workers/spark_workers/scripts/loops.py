@@ -9,7 +9,7 @@ to its next item the positions inside it are forgotten, and a call of an exposed
 
 import itertools
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence, Sized
 from contextvars import ContextVar, Token
 from typing import Any, Generic, TypeVar
 
@@ -66,7 +66,7 @@ class _Running:
         name = key if key is not None else str(around.children)
         around.children += 1
         path = f"{around.inside()}/{name}"
-        total = len(items) if hasattr(items, "__len__") else None
+        total = len(items) if isinstance(items, Sized) else None
         self._place = _Place(path, key or f"loop {path}", total, loops.positions.get(path, 0))
 
     def __enter__(self) -> "_Running":
@@ -96,7 +96,7 @@ class _Running:
 class Loops:
     """Knows where every loop is. *positions* is persisted with the script's values."""
 
-    def __init__(self, checkpoint: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, checkpoint: Callable[[], Awaitable[object]]) -> None:
         self.positions: dict[str, int] = {}
         self.checkpoint = checkpoint
         self._main = _Place("main")

@@ -32,7 +32,7 @@ class Persisted(MutableMapping[str, Any]):
         self._check(key)
         if not callable(initializer):
             raise SparkUsageError(
-                f"persist({key!r}, ...) takes a function that makes the value, such as `lambda: value`"
+                f"persist({key!r}, ...) takes a function that makes the value: `lambda: value`"
             )
         if key not in self._values:
             self._values[key] = initializer()

@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 import time
+from types import FrameType
 from typing import Any
 
 from spark_workers.messages import (
@@ -278,7 +279,7 @@ class Session:
 
     def _restore(self, start: Start, descriptors: list[int]) -> None:
         load = self._snapshots.restore(start, descriptors)
-        runtime = load.values.pop(RUNTIME, {})
+        runtime: Any = load.values.pop(RUNTIME, {})
         unread = self.persisted.restore(load, runtime.get("versions", {}))
         self.loops.positions.update(runtime.get("loops", {}))
         self.exposed.turned.update(runtime.get("turned", {}))
@@ -403,7 +404,7 @@ class AsyncHost:
     async def _main(self, entry: Entry) -> None:
         loop = asyncio.get_running_loop()
         woken = asyncio.Event()
-        self._inbox.on_message = lambda: loop.call_soon_threadsafe(woken.set)
+        self._inbox.on_message = lambda: _wake(loop, woken)
         main = asyncio.ensure_future(entry())
         tasks: set[asyncio.Future[Any]] = {main}
         try:
@@ -441,15 +442,19 @@ class AsyncHost:
             tasks.add(asyncio.ensure_future(self._session.calls.serve_one(call)))
 
 
+def _wake(loop: asyncio.AbstractEventLoop, woken: asyncio.Event) -> None:
+    loop.call_soon_threadsafe(woken.set)
+
+
 def _in_event_loop() -> bool:
     return asyncio._get_running_loop() is not None
 
 
 def _place(tree: Tree) -> str:
     """Where the checkpoint stands in the user's code."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if tree.is_own(frame.f_code.co_filename):
             return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return ""

@@ -109,12 +109,12 @@ class Snapshots:
     def restore(self, start: Start, descriptors: Sequence[int]) -> graph.Load:
         """Return the values of the snapshot in *start*, on private memory."""
         private, shared = {}, {}
-        for segment, descriptor in zip(start.segments, descriptors):
+        for segment, descriptor in zip(start.segments, descriptors, strict=True):
             # Read from the descriptor itself: the supervisor may have put the snapshot into a file in place of memory.
             private[segment] = memoryview(mmap.mmap(descriptor, 0, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE))
             shared[segment] = memoryview(mmap.mmap(descriptor, 0, mmap.MAP_SHARED, mmap.PROT_READ))
             os.close(descriptor)
-        views = []
+        views: list[memoryview] = []
         for segment, offset, length in start.parts:
             view = private[segment][offset : offset + length]
             kept = _Kept((segment, offset, length), shared[segment][offset : offset + length])
@@ -146,7 +146,7 @@ class Snapshots:
         memory = memoryview(mmap.mmap(descriptors[0], 0, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE))
         os.close(descriptors[0])
         places = []
-        for buffer, offset in zip(buffers, offsets):
+        for buffer, offset in zip(buffers, offsets, strict=True):
             target = memory[offset : offset + buffer.nbytes]
             target[:] = buffer
             hit("worker.mid_snapshot")

@@ -2,6 +2,7 @@
 
 import os
 import traceback
+from collections.abc import Callable
 from types import TracebackType
 
 _OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
@@ -15,7 +16,7 @@ def format_script_error(problem: BaseException) -> str:
     return "".join(shown.format())
 
 
-def place_of(problem: BaseException, is_own: "callable[[str], bool]") -> tuple[str, int]:  # type: ignore[valid-type]
+def place_of(problem: BaseException, is_own: Callable[[str], bool]) -> tuple[str, int]:
     """Return file and line of the innermost code of the user's that *problem* came through."""
     if isinstance(problem, SyntaxError) and problem.filename:
         return problem.filename, problem.lineno or 0

@@ -28,7 +28,7 @@ Compile = Callable[[bytes, str], types.CodeType]
 
 def compile_plainly(source: bytes, path: str) -> types.CodeType:
     """Compile a helper module as it stands."""
-    return compile(source, path, "exec", dont_inherit=True)  # type: ignore[no-any-return]
+    return compile(source, path, "exec", dont_inherit=True)
 
 
 class Tree:

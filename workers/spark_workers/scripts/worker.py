@@ -143,12 +143,12 @@ def _exit_status(asked: SystemExit) -> int:
 
 def _no_input(prompt: object = "") -> str:
     raise EOFError(
-        "input(): under `spark run` a script has no standard input; use spark.control() or an exposed function"
+        "input(): under `spark run` a script has no standard input; use spark.control() or expose a function"
     )
 
 
 def _no_breakpoint(*args: Any, **kwargs: Any) -> None:
     raise SparkUsageError(
-        "breakpoint(): under `spark run` a script has no terminal; run it with plain python, or attach a debugger to the "
+        "breakpoint(): under `spark run` a script has no terminal; run it with plain python, or attach a debugger to "
         f"process {os.getpid()}"
     )
