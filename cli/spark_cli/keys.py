@@ -21,10 +21,10 @@ class Keys:
         self._saved: list[Any] | None = None
         self._actions: dict[str, Callable[[], None]] = {
             "p": self._pause_or_resume,
-            "s": run.stop,
-            "r": run.restart,
-            "b": run.back,
-            "q": run.quit,
+            "s": run.requests.stop,
+            "r": run.requests.restart,
+            "b": run.requests.back,
+            "q": run.requests.quit,
             "h": show_help,
             "?": show_help,
         }
@@ -66,13 +66,13 @@ class Keys:
             try:
                 self._actions.get(key, _nothing)()
             except RequestRefused as problem:
-                self._run.note(str(problem))
+                self._run.picture.note(str(problem))
 
     def _pause_or_resume(self) -> None:
         if self._run.picture.state in ("paused", "pausing", "stopped", "error"):
-            self._run.resume()
+            self._run.requests.resume()
         else:
-            self._run.pause()
+            self._run.requests.pause()
 
 
 def _nothing() -> None:

@@ -151,9 +151,7 @@ def _check_names(path: Path) -> None:
     if path.stem == "torch":
         raise ScriptUnusable(f"{path} hides PyTorch from itself and every module beside it; rename it, to train.py say")
     if path.stem in sys.stdlib_module_names:
-        raise ScriptUnusable(
-            f"{path} hides Python's own module {path.stem!r} from every module beside it; rename it"
-        )
+        raise ScriptUnusable(f"{path} hides Python's own module {path.stem!r} from every module beside it; rename it")
     for name in sorted(os.listdir(path.parent)):
         stem = name.removesuffix(".py")
         is_module = name.endswith(".py") or (path.parent / name / "__init__.py").is_file()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from spark_runtime.config import RunOptions
-from spark_runtime.errors import StoreError
+from spark_runtime.errors import RequestRefused, StoreError
 from spark_runtime.supervise import runtime_folder
 from spark_runtime.supervise.code import check_script
 from spark_runtime.supervise.control import ControlSocket
@@ -98,18 +98,20 @@ def _run_folder(state: StateFolder, options: RunOptions, run_id: str) -> RunFold
 
 def _tell_start(run: Run, disk: _Disk, options: RunOptions, notes: list[str]) -> None:
     for note in notes:
-        run.note(note, "warning")
+        run.picture.warn(note)
     if disk.state is not None and disk.state.warning:
-        run.note(disk.state.warning, "warning")
+        run.picture.warn(disk.state.warning)
     run.picture.publish("start", run=run.picture.run_id, script=str(options.script), pid=os.getpid())
     if options.resume:
-        run.note(f"going on from the snapshot at checkpoint {run.picture.checkpoints} of run {run.picture.run_id}")
+        run.picture.note(
+            f"going on from the snapshot at checkpoint {run.picture.checkpoints} of run {run.picture.run_id}"
+        )
     elif disk.state is not None:
         others = [each for each in disk.state.unfinished() if each.run_id != run.picture.run_id]
         if others:
             newest = others[0]
             size = sum(each.size_bytes for each in others) / 1e6
-            run.note(
+            run.picture.note(
                 f"{len(others)} unfinished run{'s' if len(others) > 1 else ''} of this script ({size:.0f} MB) kept in "
                 f"{disk.state.path}; --resume --from {newest.run_id} goes on from checkpoint {newest.step}"
             )
@@ -119,8 +121,8 @@ def _handle_signals(run: Run) -> Callable[[], None]:
     """Have signals ask the run; return the function that ends that."""
     loop = asyncio.get_running_loop()
     actions: dict[int, Callable[[], None]] = {
-        signal.SIGINT: run.interrupt,
-        signal.SIGTERM: run.quit,
+        signal.SIGINT: run.requests.interrupt,
+        signal.SIGTERM: run.requests.quit,
         signal.SIGHUP: lambda: _reload(run),
     }
     for number, action in actions.items():
@@ -134,9 +136,7 @@ def _handle_signals(run: Run) -> Callable[[], None]:
 
 
 def _reload(run: Run) -> None:
-    from spark_runtime.errors import RequestRefused
-
     try:
-        run.reload()
+        run.requests.reload()
     except RequestRefused as problem:
-        run.note(str(problem), "warning")
+        run.picture.warn(str(problem))

@@ -5,6 +5,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from spark_runtime.supervise.jobs import Job
+from spark_runtime.supervise.lifecycle import State
+
 Event = dict[str, Any]
 RATE_SECONDS = 2.0
 
@@ -17,7 +20,7 @@ class Picture:
         self._passed: deque[tuple[float, int]] = deque()
         self.run_id = run_id
         self.script = script
-        self.state = "starting"
+        self.state: State = "starting"
         self.checkpoints = 0
         self.place = ""
         self.values: dict[str, Any] = {}
@@ -54,8 +57,53 @@ class Picture:
         if values:
             self.publish("values", values=values, checkpoints=checkpoints)
 
-    def begin_worker(self) -> None:
+    def enter(self, state: State) -> None:
+        """The run is in another state."""
+        self.state = state
+        self.publish("state", state=state, checkpoints=self.checkpoints)
+
+    def note(self, text: str, level: str = "info") -> None:
+        """Tell the user one line."""
+        self.publish("note", level=level, text=text)
+
+    def warn(self, text: str) -> None:
+        """Tell the user one line that matters."""
+        self.note(text, "warning")
+
+    def fail(self, kind: str, text: str, path: str, line: int) -> None:
+        """Show an error until it is mended. *kind*: syntax, load, script or worker."""
+        self.error = {"kind": kind, "text": text, "file": path, "line": line}
+        self.publish("error", **self.error)
+
+    def mend(self) -> None:
+        """The error that is shown, if one is, holds no more."""
+        if self.error is not None:
+            self.error = None
+            self.publish("mended")
+
+    def reloaded(self, version: int, seconds: float) -> None:
+        """New code has passed its first checkpoint, so long after it was saved."""
+        self.reloads += 1
+        self.publish("reload", version=version, seconds=round(seconds, 4))
+
+    def exposed(self, functions: dict[str, Any], controls: dict[str, Any]) -> None:
+        """The script offers these functions and controls."""
+        self.functions, self.controls = functions, controls
+        self.publish("exposed", functions=functions, controls=controls)
+
+    def job_changed(self, job: Job, step: str) -> None:
+        """A call is waiting, running, returned or raised."""
+        fields: dict[str, Any] = {"id": job.id, "name": job.name, "step": step}
+        if step == "returned":
+            fields["result"] = job.answer.result()
+        elif step == "raised":
+            problem = job.answer.exception()
+            fields |= {"error": str(problem), "text": getattr(problem, "text", "")}
+        self.publish("job", **fields)
+
+    def begin_worker(self, version: int) -> None:
         """A new worker takes over: what it does not expose disappears."""
+        self.version = version
         self._passed.clear()
         self.values.clear()
         self.functions, self.controls, self.loops = {}, {}, {}

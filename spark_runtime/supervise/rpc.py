@@ -20,6 +20,8 @@ MOST_BYTES = 16 * 1024 * 1024
 PARSE_ERROR, INVALID_REQUEST, NO_METHOD, INVALID_PARAMS, INTERNAL = -32700, -32600, -32601, -32602, -32603
 REFUSED, CALL_FAILED = -32000, -32001
 
+_PLAIN = ("status", "pause", "resume", "step", "stop", "reload", "restart", "reset", "back", "cancel", "quit")
+
 
 class RpcProblem(Exception):
     """An error answer."""
@@ -38,20 +40,10 @@ class RpcClient:
         self._send = send
         self._unsubscribe: Callable[[], None] | None = None
         self._methods: dict[str, Callable[..., Any]] = {
-            "status": run.picture.whole,
-            "pause": run.pause,
-            "resume": run.resume,
-            "step": run.step,
-            "stop": run.stop,
-            "reload": run.reload,
-            "restart": run.restart,
-            "reset": run.reset,
-            "back": run.back,
+            **{name: getattr(run.requests, name) for name in _PLAIN},
             "call": self._call,
             "wait": self._wait,
-            "cancel": run.cancel,
-            "set": run.turn,
-            "quit": run.quit,
+            "set": run.requests.turn,
             "subscribe": self._subscribe,
         }
 
@@ -100,7 +92,7 @@ class RpcClient:
 
     async def _call(self, name: str, params: Any = None) -> dict[str, Any]:
         args, kwargs = arguments_of(params)
-        job = self._run.call(name, args, kwargs)
+        job = self._run.requests.call(name, args, kwargs)
         done, _ = await asyncio.wait({job.answer}, timeout=JOB_SECONDS)
         return {"job": job.id, "result": _result(job)} if done else {"job": job.id}
 

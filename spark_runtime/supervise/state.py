@@ -106,14 +106,14 @@ class RunState:
         self.newest = Kept(dict(stored.meta), parts)
         self._segments.hold({segment.number}, NEWEST)
 
-    def start_message(self, worker: int, *, paused: bool, reloaded: bool) -> tuple[Start, list[int]]:
+    def start_message(self, worker: int, *, paused: bool) -> tuple[Start, list[int]]:
         """Return what *worker* must be told to go on from the newest snapshot, and the memory to send along."""
         if self.newest is None:
-            return Start(paused, reloaded, {}, [], []), []
+            return Start(paused, {}, [], []), []
         numbers = sorted(self.newest.segments())
         self._segments.hold(set(numbers), f"reader {worker}", mapped=True)
         descriptors = [os.dup(self._segments[number].descriptor) for number in numbers]
-        return Start(paused, reloaded, self.newest.meta, self.newest.parts, numbers), descriptors
+        return Start(paused, self.newest.meta, self.newest.parts, numbers), descriptors
 
     def forget_worker(self, worker: int) -> None:
         """*worker* and everything in its session is dead."""

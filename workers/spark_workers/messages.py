@@ -124,7 +124,6 @@ class Start(Message):
     """Run ``torch()``. *parts* are places in the segments whose descriptors come along, the stream first."""
 
     paused: bool
-    reloaded: bool
     meta: dict[str, Json]
     parts: list[Place]
     segments: list[int]

@@ -31,9 +31,7 @@ class Persisted(MutableMapping[str, Any]):
         """Return the stored value of *key*, or store what *initializer* returns."""
         self._check(key)
         if not callable(initializer):
-            raise SparkUsageError(
-                f"persist({key!r}, ...) takes a function that makes the value: `lambda: value`"
-            )
+            raise SparkUsageError(f"persist({key!r}, ...) takes a function that makes the value: `lambda: value`")
         if key not in self._values:
             self._values[key] = initializer()
         elif self.versions.get(key) != version:
