@@ -53,7 +53,7 @@ class Persisted(MutableMapping[str, Any]):
             raise SparkUsageError(f"a persisted key is a text that is not empty, not {key!r}")
         if not self.is_open:
             raise SparkUsageError(
-                f"persist({key!r}) at the top level of the script: call it inside torch(), because the top level of new "
+                f"persist({key!r}) at the top level of the script: call it inside torch(); the top level of new "
                 "code runs while the old code still works on its values"
             )
 
