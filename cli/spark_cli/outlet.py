@@ -37,7 +37,7 @@ class Outlet:
         self._queue.put(data)
 
     async def aclose(self) -> None:
-        """Wait until everything is written."""
+        """Wait until everything is written; may be called twice."""
         self._queue.put(None)
         await self._closed.wait()
 

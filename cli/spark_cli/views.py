@@ -84,6 +84,8 @@ class LiveView(PlainView):
 
         super().open(run)
         self._run = run
+        if sys.stdout.isatty():
+            self._out = self._err  # one terminal, one order
         self._console = Console(file=sys.stderr, highlight=False)
         self._drawn = False
         self._at_line_start = True

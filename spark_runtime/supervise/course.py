@@ -229,6 +229,7 @@ class Course:
     def replace(self, reason: str, then: Callable[[], None]) -> None:
         """Kill the worker that runs the script, then do *then*."""
         self.timers.cancel("restart")
+        self._saved_at = None
         self.stage.drop_next(reason)
         if self.stage.current is None:
             then()

@@ -10,6 +10,8 @@ TICK_SECONDS = 1 / 30
 WHERE_SECONDS = 10.0
 ANSWER_SECONDS = 1.0
 
+RUNNING = ("starting", "running", "pausing", "reloading", "stopping")  # the script passes checkpoints, or may
+
 
 class Waits:
     """Rings for the running script, and asks where it is when it does not come to a checkpoint that is waited for."""
@@ -22,7 +24,7 @@ class Waits:
     def tick(self) -> None:
         """Have the running script look up, now and thirty times a second."""
         current = self._stage.current
-        if current is not None and self._picture.state in ("starting", "running", "pausing"):
+        if current is not None and self._picture.state in RUNNING:
             current.worker.ring()
         self._timers.start("tick", TICK_SECONDS, self.tick)
 

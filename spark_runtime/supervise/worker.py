@@ -69,12 +69,11 @@ class Worker:
         return self._process.pid
 
     def send(self, message: Message, descriptors: list[int] | None = None) -> None:
-        """Send a message and ring: the script's next checkpoint takes it. Descriptors are taken over."""
+        """Send a message; the script's next checkpoint takes it. Descriptors are taken over."""
         self._channel.send(message, descriptors or [])
-        self.ring()
 
     def ring(self) -> None:
-        """Have the script's next checkpoint look up."""
+        """Have the script's next checkpoint look up. The first byte is ours, the second the side thread's there."""
         self._rings = (self._rings + 1) % 256
         self._bell[0] = self._rings
 

@@ -1,17 +1,31 @@
 """The call that a script makes at every step, and what it gives back.
 
-With nothing to do a checkpoint adds one to a number and reads one byte, which lies in memory shared with the
-supervisor. The supervisor changes that byte when it has asked for something, and about thirty times a second while
-the script runs so that values are shown. So there is no clock to read here, and no race: the byte only counts.
+With nothing to do a checkpoint adds one to a number and reads another, the bell, which lies in memory shared with the
+supervisor. One half of the bell is changed by the supervisor, about thirty times a second while the script runs, so
+that values are shown; the other half by the worker's side thread when a message has arrived. So there is no clock to
+read here. There is no race either: each half has one writer and only counts.
 """
 
 import asyncio
+import mmap
 import time
 import warnings
 from collections.abc import Awaitable, Callable, Generator
 from typing import Any, cast
 
 TURN_SECONDS = 0.001
+
+
+class Bell:
+    """The bell: two bytes of shared memory, read together."""
+
+    def __init__(self, page: mmap.mmap) -> None:
+        self._bytes = memoryview(page)
+        self.face = self._bytes.cast("H")  # face[0] is both halves
+
+    def knock(self) -> None:
+        """Change the worker's half: a message is in the inbox."""
+        self._bytes[1] = (self._bytes[1] + 1) % 256
 
 
 class Turn:

@@ -22,9 +22,10 @@ Arrived = tuple[Message, list[int]]
 class Inbox:
     """Messages that have arrived. *on_message*, when set, is called on the side thread for each."""
 
-    def __init__(self, channel: Channel, is_own: Callable[[str], bool]) -> None:
+    def __init__(self, channel: Channel, is_own: Callable[[str], bool], knock: Callable[[], None]) -> None:
         self._channel = channel
         self._is_own = is_own
+        self._knock = knock
         self._messages: queue.SimpleQueue[Arrived] = queue.SimpleQueue()
         self._segments: queue.SimpleQueue[Arrived] = queue.SimpleQueue()
         self._main = threading.main_thread().ident
@@ -64,6 +65,7 @@ class Inbox:
                     self._channel.send(Here(self._place()))
                 else:
                     self._messages.put((message, descriptors))
+                    self._knock()
                     if self.on_message is not None:
                         self.on_message()
         except (EOFError, OSError, FrameBroken, MessageBroken):

@@ -64,7 +64,7 @@ IMPORTS_SECONDS = 1.0
 class Session:
     """The script's state on this side: what was asked, exposed, persisted, and where it is."""
 
-    def __init__(self, send: Any, inbox: Inbox, tree: Tree, bell: memoryview) -> None:
+    def __init__(self, send: Any, inbox: Inbox, tree: Tree, bell: checkpoints.Bell) -> None:
         self._send = send
         self._inbox = inbox
         self._tree = tree
@@ -74,7 +74,9 @@ class Session:
         self.asks = Asks()
         self.exposed = ExposedNames()
         self.persisted = Persisted(self.note)
-        self.checkpoint, self._passed, self._start_at = checkpoints.make_checkpoint(bell, self.turn, self.asks.pending)
+        self.checkpoint, self._passed, self._start_at = checkpoints.make_checkpoint(
+            bell.face, self.turn, self.asks.pending
+        )
         self.loops = Loops(self.checkpoint)
         self.calls = Calls(self.exposed, self.loops, send)
         self._snapshots = Snapshots(send, inbox.segment)

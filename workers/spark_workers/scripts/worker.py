@@ -15,6 +15,7 @@ from spark_workers.failpoints import hit
 from spark_workers.messages import Left, Load, Loaded, LoadFailed, Start
 from spark_workers.scripts import loader, main_module, randomness
 from spark_workers.scripts.api import spark
+from spark_workers.scripts.checkpoint import Bell
 from spark_workers.scripts.errors import SparkUsageError
 from spark_workers.scripts.inbox import Inbox
 from spark_workers.scripts.session import Session
@@ -30,7 +31,7 @@ def start(channel_descriptor: int, bell_descriptor: int) -> int:
     blas.restore_threads()
     randomness.reseed()
     channel = Channel(socket.socket(fileno=channel_descriptor))
-    bell = memoryview(mmap.mmap(bell_descriptor, mmap.PAGESIZE))
+    bell = Bell(mmap.mmap(bell_descriptor, mmap.PAGESIZE))
     os.close(bell_descriptor)
     os.register_at_fork(after_in_child=channel.close)  # a fork of the script's must not hold the channel open
     message, _ = channel.receive()
@@ -42,12 +43,12 @@ def start(channel_descriptor: int, bell_descriptor: int) -> int:
 class ScriptWorker:
     """One script in one process."""
 
-    def __init__(self, channel: Channel, bell: memoryview, load: Load) -> None:
+    def __init__(self, channel: Channel, bell: Bell, load: Load) -> None:
         self._channel = channel
         self._load = load
         self._pid = os.getpid()
         self._tree = Tree(load.roots, load.sources)
-        self._inbox = Inbox(channel, self._tree.is_own)
+        self._inbox = Inbox(channel, self._tree.is_own, bell.knock)
         self._session = Session(channel.send, self._inbox, self._tree, bell)
 
     def run(self) -> int:
