@@ -29,6 +29,7 @@ from spark_workers.messages import (
     Stopped,
 )
 
+SCRIPT_WORKER = "spark_workers.scripts.worker"  # every nursery has the runtime's own part imported
 LOST = -int(signal.SIGKILL)  # the status of a worker that went down with its nursery
 
 
@@ -207,7 +208,7 @@ class Nurseries:
         return [each.pid for each in self._all]
 
     def _start(self, modules: list[str]) -> Nursery:
-        nursery = Nursery(modules, self._ready, self._lost)
+        nursery = Nursery([SCRIPT_WORKER, *modules], self._ready, self._lost)
         self._all.append(nursery)
         return nursery
 

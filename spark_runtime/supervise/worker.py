@@ -10,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from spark_runtime.supervise.channel import LoopChannel
-from spark_runtime.supervise.nursery import Nurseries, Process
+from spark_runtime.supervise.nursery import SCRIPT_WORKER, Nurseries, Process
 from spark_runtime.supervise.output import OutputPipe
 from spark_workers.messages import Message
 
-ENTRY = "spark_workers.scripts.worker:start"
+ENTRY = f"{SCRIPT_WORKER}:start"
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,6 @@ import os
 import selectors
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -328,6 +327,8 @@ def _offer_to_the_oom_killer() -> None:
 
 def _spawn(entry: str, given: Descriptors) -> int:
     """Start a worker as a new interpreter, where forking is not safe."""
+    import subprocess
+
     flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
     numbers = [str(number) for number in given.all()]
     command = [sys.executable, *flags, "-P", "-m", "spark_workers", "worker", entry, str(os.getpid()), *numbers]
