@@ -192,6 +192,7 @@ def _error_text(event: Event) -> str:
         "load": "the code could not be loaded",
         "script": "the script raised",
         "worker": "the worker is gone",
+        "internal": "an error of the runtime itself; the state is kept as of the last snapshot",
     }
     return f"{line(titles[event['kind']] + ':')}{event['text']}"
 

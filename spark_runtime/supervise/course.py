@@ -115,8 +115,7 @@ class Course:
     def _decide(self, state: State) -> None:
         """End the run where its state and its options say so."""
         if state == "done":
-            if self.state.folder is not None:
-                self.state.folder.finish()
+            self.state.is_finished = True
             self.end(0)
         elif state == "error" and (self.is_quitting or not self._options.waits_for_save):
             self.end(1)

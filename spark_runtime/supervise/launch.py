@@ -79,6 +79,7 @@ async def _run(options: RunOptions, view: View, notes: list[str], disk: _Disk, r
         run.picture.checkpoints = run.state.newest.checkpoints if run.state.newest else 0
     control = ControlSocket(run, runtime_folder.socket_path(run_id))
     description = runtime_folder.describe(run_id, str(options.script))
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: run.break_down(context))
     signals = _handle_signals(run)
     view.open(run)
     try:

@@ -14,7 +14,9 @@
 Everything happens on one asyncio loop, one event at a time; nothing here blocks.
 """
 
+import traceback
 from pathlib import Path
+from typing import Any
 
 from spark_runtime.config import RunOptions
 from spark_runtime.supervise.code import Code
@@ -32,6 +34,8 @@ from spark_runtime.supervise.state import RunState
 from spark_runtime.supervise.store import RunFolder
 from spark_runtime.supervise.waits import Waits
 from spark_runtime.supervise.worker import Worker
+
+BROKEN = 70  # the exit code of an error of ours
 
 
 class Run:
@@ -65,6 +69,13 @@ class Run:
             return await self._course.ended
         finally:
             await self._close()
+
+    def break_down(self, context: dict[str, Any]) -> None:
+        """Something of ours went wrong: say so and end, in place of going on in an unknown state."""
+        problem = context.get("exception")
+        text = "".join(traceback.format_exception(problem)) if problem is not None else f"{context.get('message')}\n"
+        self.picture.fail("internal", text, "", 0)
+        self._course.end(BROKEN)
 
     def hold_output(self, held: bool) -> None:
         """Stop or go on reading what the script prints, while nobody takes it."""

@@ -53,6 +53,7 @@ class RunState:
         trouble = self._posted(on_trouble)
         self._writer = None if folder is None else DiskWriter(folder, trouble)
         self.folder = folder
+        self.is_finished = False
         self.newest: Kept | None = None
 
     def segment_for(self, worker: int, size: int) -> OwnedSegment:
@@ -135,7 +136,7 @@ class RunState:
         if self._spare is not None:
             await self._spare
         if self._writer is not None:
-            await asyncio.to_thread(self._writer.close)
+            await asyncio.to_thread(self._writer.close, finished=self.is_finished)
         self._segments.close()
 
     def _to_disk(self, kept: Kept) -> None:
@@ -205,12 +206,14 @@ class DiskWriter:
             self._aside.append(reason)
             self._changed.notify()
 
-    def close(self) -> None:
-        """Write what waits, then end."""
+    def close(self, *, finished: bool) -> None:
+        """Write what waits, then end; *finished*: the script has come to its own end."""
         with self._changed:
             self._is_closing = True
             self._changed.notify()
         self._thread.join()
+        if finished:
+            self._guarded(self._folder.finish)
 
     def _run(self) -> None:
         while True:

@@ -6,7 +6,7 @@ initializer, a checkpoint does nothing, and the script runs from top to bottom.
 
 import os
 import types
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar, overload
 
 from spark_workers.messages import Wish
@@ -14,6 +14,7 @@ from spark_workers.scripts.checkpoint import PauseTurn, Turn, idle_checkpoint
 from spark_workers.scripts.errors import SparkUsageError
 from spark_workers.scripts.loader import Entry, Shadow
 from spark_workers.scripts.loops import Loop, Loops
+from spark_workers.scripts.persist import Persisted
 from spark_workers.scripts.session import Session
 
 T = TypeVar("T")
@@ -72,12 +73,13 @@ class Spark:
     """
 
     checkpoint: Callable[[], "Turn | PauseTurn"]
-    persisted: MutableMapping[str, Any]
+    persisted: Persisted
 
     def __init__(self) -> None:
         self.session: Session | None = None
         self.main_entry: Entry | None = None
         self.controller = Controller(self)
+        self.persisted = Persisted(print)
         self.detach()
 
     # --- state ---
@@ -102,11 +104,7 @@ class Spark:
         Raises:
             SparkUsageError: Called at the top level of a script.
         """
-        if self.session is None:
-            if key not in self.persisted:
-                self.persisted[key] = initializer()
-            return self.persisted[key]  # type: ignore[no-any-return]
-        return self.session.persisted.persist(key, initializer, version, migrate)
+        return self.persisted.persist(key, initializer, version, migrate)
 
     def has_persisted(self, key: str) -> bool:
         """Tell whether a value is stored under *key*."""
@@ -205,10 +203,9 @@ class Spark:
         os.register_at_fork(after_in_child=self.detach)
 
     def detach(self) -> None:
-        """Be the object of a program that runs without the runtime."""
+        """Be the object of a program that runs without the runtime. What a forked child inherits it may go on using."""
         self.session = None
         self.checkpoint = idle_checkpoint
-        self.persisted = {}
 
 
 def _exposable(value: object) -> object:
