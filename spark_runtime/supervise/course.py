@@ -58,7 +58,6 @@ class Course:
         self._options = options
         self._code = code
         self._then: Callable[[], None] | None = None  # in place of the usual, when the current worker is gone
-        self._saved_at: float | None = None
         self._planned: set[Job] = set()
         self._failed_calls = 0
         self._oom_kills = system.count_oom_kills()
@@ -132,11 +131,16 @@ class Course:
 
     # --- loading and beginning ---
 
-    def load(self, version: Version) -> None:
-        """Have a worker execute the top level of *version*; it begins when it is ready and the stage is free."""
+    def load(self, version: Version, saved_at: float | None = None) -> None:
+        """Have a worker execute the top level of *version*; it begins when it is ready and the stage is free.
+
+        Args:
+            version: The code.
+            saved_at: When it was saved, if that is why it is loaded.
+        """
         self.timers.cancel("restart")
         try:
-            cast = self.stage.load(version)
+            cast = self.stage.load(version, saved_at)
         except NurseryDied as problem:
             self._fail(str(problem))
             return
@@ -160,7 +164,6 @@ class Course:
     def on_unready(self, cast: Cast, why: m.LoadFailed | Death) -> None:
         """New code could not be loaded: the old code goes on, if there is any."""
         self.timers.cancel("load")
-        self._saved_at = None
         if isinstance(why, m.LoadFailed):
             self.saves.learn(cast.version, why.files, why.wanted)
             self.picture.fail("load", why.text, why.path, why.line)
@@ -184,9 +187,8 @@ class Course:
         """The worker has passed its first checkpoint, or waits for calls: its code is good."""
         self.good = cast.version
         self.picture.mend()
-        if self._saved_at is not None:
-            seconds, self._saved_at = time.monotonic() - self._saved_at, None
-            self.picture.reloaded(cast.version.number, seconds)
+        if cast.saved_at is not None:
+            self.picture.reloaded(cast.version.number, time.monotonic() - cast.saved_at)
 
     def _begin(self) -> None:
         """Have the next worker run ``torch()`` from the newest snapshot."""
@@ -228,7 +230,6 @@ class Course:
     def replace(self, reason: str, then: Callable[[], None]) -> None:
         """Kill the worker that runs the script, then do *then*."""
         self.timers.cancel("restart")
-        self._saved_at = None
         self.stage.drop_next(reason)
         if self.stage.current is None:
             then()
@@ -313,8 +314,7 @@ class Course:
 
     def reload(self, saved_at: float) -> None:
         """Load the newest code, in place of newer code that is being loaded."""
-        self._saved_at = saved_at
-        self.load(self._code.version())
+        self.load(self._code.version(), saved_at)
 
     def on_same_code(self) -> None:
         """A mistake that was shown is mended, by going back to what runs."""

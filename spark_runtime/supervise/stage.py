@@ -6,9 +6,8 @@ models never have to fit on one GPU.
 """
 
 import os
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -24,10 +23,10 @@ class Cast:
 
     worker: Worker
     version: Version
+    saved_at: float | None = None  # when its code was saved, if a save made it
     is_loaded: bool = False
     has_run: bool = False  # it has passed a checkpoint
     left: Left | None = None
-    began: float = field(default_factory=time.monotonic)
 
 
 class StageOwner(Protocol):
@@ -66,12 +65,12 @@ class Stage:
         self._arguments = list(arguments)
         self._numbers = 0
 
-    def load(self, version: Version) -> Cast:
+    def load(self, version: Version, saved_at: float | None) -> Cast:
         """Make a worker ready with *version*, in place of one that is being made ready."""
         self.drop_next("newer code was saved")
         self._numbers += 1
         worker = Worker(self._numbers, self._nurseries, self._on_event, self._on_output)
-        self.next = Cast(worker, version)
+        self.next = Cast(worker, version, saved_at)
         sources = {str(path): source for path, source in version.sources.items()}
         roots = list(dict.fromkeys([str(version.script.parent), os.getcwd()]))
         worker.send(Load(self._script, module_name(version.script), self._arguments, sources, roots))
