@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from spark_runtime.supervise.code import check_script
+from spark_runtime.supervise.code import check_names
 
 TEMPLATE = '''"""Train something. Run it with `spark run {name}`, and edit it while it runs."""
 
@@ -56,8 +56,8 @@ def command(name: Path, force: bool) -> None:
     if path.exists() and not force:
         raise click.UsageError(f"{path} is there already; choose another name, or --force")
     try:
+        check_names(path.absolute())
         path.write_text(TEMPLATE.format(name=path.name))
-        check_script(path)
     except OSError as problem:
         raise click.ClickException(f"{path}: {problem.strerror}") from problem
     click.echo(f"wrote {path}; run it with: spark run {path}")

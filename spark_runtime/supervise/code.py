@@ -128,7 +128,7 @@ def check_script(script: Path) -> tuple[Path, list[str]]:
     if not stat.S_ISREG(status.st_mode):
         raise ScriptUnusable(f"{script} is not a regular file; give the path of a Python file")
     path = Path(os.path.abspath(script))
-    _check_names(path)
+    check_names(path)
     _check_text(path)
     notes = []
     if status.st_mode & stat.S_IWOTH:
@@ -147,7 +147,12 @@ def describe_syntax_error(problem: BaseException, path: Path) -> str:
     return f"{path}: {type(problem).__name__}: {problem}\n"
 
 
-def _check_names(path: Path) -> None:
+def check_names(path: Path) -> None:
+    """See that neither the script nor what lies beside it hides a module that scripts need.
+
+    Raises:
+        ScriptUnusable: One does.
+    """
     if path.stem == "torch":
         raise ScriptUnusable(f"{path} hides PyTorch from itself and every module beside it; rename it, to train.py say")
     if path.stem in sys.stdlib_module_names:
