@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-SPARK = [sys.executable, "-m", "spark_cli"]
+SPARK = [sys.executable, "-P", "-m", "spark_cli"]
 SECONDS = 20.0
 
 Event = dict[str, Any]
@@ -36,6 +36,7 @@ class RunProcess:
         self.events: list[Event] = []
         self._arrived: queue.Queue[Event | None] = queue.Queue()
         self._position = 0
+        self._lines_taken: dict[str, int] = {}
         command = [*SPARK, "run", str(script), "--json", *options, *(["--", *arguments] if arguments else [])]
         self.process = subprocess.Popen(
             command,
@@ -88,6 +89,31 @@ class RunProcess:
         """Wait until the script has printed *text*."""
         if text not in self.printed():
             self.wait_until(lambda each: text in self.printed(), f"the output {text!r}", seconds)
+
+    def wait_count(self, event: str, count: int = 1, seconds: float = SECONDS, **fields: Any) -> Event:
+        """Wait until *count* such events have come since the start of the run; return the last of them."""
+
+        def found() -> list[Event]:
+            return [each for each in self.events if each["event"] == event and _fits(each, fields)]
+
+        if len(found()) < count:
+            self.wait_until(lambda each: len(found()) >= count, f"{count} of {event} {fields}", seconds)
+        return found()[count - 1]
+
+    def next_line(self, start: str, seconds: float = SECONDS) -> str:
+        """Wait for the next whole line printed that begins with *start*; return the rest of it.
+
+        A line is given once for each *start*, however the events were read meanwhile.
+        """
+        taken = self._lines_taken.get(start, 0)
+
+        def found() -> list[str]:
+            return [line for line in self.printed().split("\n")[:-1] if line.startswith(start)]
+
+        if len(found()) <= taken:
+            self.wait_until(lambda each: len(found()) > taken, f"a line {start!r}...", seconds)
+        self._lines_taken[start] = taken + 1
+        return found()[taken].removeprefix(start).strip()
 
     def all_events(self, event: str) -> list[Event]:
         """Return every event of this kind seen so far."""

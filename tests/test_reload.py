@@ -192,11 +192,7 @@ def test_a_half_written_save_is_never_run(script: Path) -> None:
 
 def use_helper(run: RunProcess, folder: Path) -> None:
     write(folder / "helper.py", "VALUE = 'old'\n")
-    run.save(
-        named("with helper")
-        .replace("import time", "import time\n    import helper", 1)
-        .replace("NAME,", "helper.VALUE,")
-    )
+    run.save(importing("helper"))
     run.wait_printed("begin old at more")
 
 
@@ -225,9 +221,7 @@ def test_a_broken_helper_is_named_and_its_mending_seen(script: Path) -> None:
 def test_a_helper_that_was_missing_is_seen_when_it_comes(script: Path) -> None:
     with running(script) as run:
         run.wait_printed("begin first")
-        run.save(
-            named("x").replace("import time", "import time\n    import helper", 1).replace("NAME,", "helper.VALUE,")
-        )
+        run.save(importing("helper"))
         assert "No module named 'helper'" in run.wait_for("error", kind="load")["text"]
         write(script.parent / "helper.py", "VALUE = 'came'\n")
         run.wait_printed("begin came at more")

@@ -46,7 +46,7 @@ def main() -> None:
     except click.ClickException as problem:
         problem.show()
         sys.exit(problem.exit_code)
-    except click.Abort:
+    except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
     except SparkError as problem:
         click.echo(f"spark: {problem}", err=True)

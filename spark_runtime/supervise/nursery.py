@@ -30,6 +30,7 @@ from spark_workers.messages import (
 )
 
 SCRIPT_WORKER = "spark_workers.scripts.worker"  # every nursery has the runtime's own part imported
+MANY_MODULES = 10  # fewer are not worth another nursery
 LOST = -int(signal.SIGKILL)  # the status of a worker that went down with its nursery
 
 
@@ -88,7 +89,7 @@ class Nursery:
         self._on_ready = on_ready
         self._on_lost = on_lost
         self.spoiled_by: str | None = None
-        self.left_out: dict[str, str] = {}
+        self.modules: set[str] = set()  # what is imported in it, once it is ready
         self.is_ready = False
         self._channel = LoopChannel(ours, self._deal, self._closed)
         self._channel.send(Preload(modules))
@@ -127,7 +128,7 @@ class Nursery:
 
     def _deal(self, message: Message, descriptors: list[int]) -> None:
         if isinstance(message, NurseryReady):
-            self.is_ready, self.left_out = True, message.left_out
+            self.is_ready, self.modules = True, set(message.modules)
             self._on_ready(self)
         elif isinstance(message, NurserySpoiled):
             self.spoiled_by = message.module
@@ -173,7 +174,7 @@ class Nurseries:
         self._next: Nursery | None = None
         self._failures = 0
         self._is_closing = False
-        self._preloaded = set(modules)
+        self._tried: set[str] = set()
         self._current = self._start(modules)
 
     def start(self, process: Process, entry: str, descriptors: list[int]) -> None:
@@ -191,9 +192,9 @@ class Nurseries:
     def prepare(self, modules: list[str]) -> None:
         """Import *modules* in a new nursery, which takes over when it is ready."""
         wanted = [name for name in modules if name.partition(".")[0] not in self._left_out]
-        new = set(wanted) - self._preloaded
-        if self._next is None and not self._is_closing and len(new) > 10:
-            self._preloaded = set(wanted)
+        missing = set(wanted) - self._current.modules - self._tried
+        if self._next is None and self._current.is_ready and not self._is_closing and len(missing) > MANY_MODULES:
+            self._tried = missing  # what cannot be imported ahead is not tried again and again
             self._next = self._start(wanted)
 
     async def aclose(self) -> None:

@@ -64,7 +64,7 @@ class Signal(Message):
 
 @dataclass(frozen=True, slots=True)
 class NurseryReady(Message):
-    """The imports are done; *left_out* maps modules that were not imported to the reason."""
+    """The imports are done: these *modules* are there now; *left_out* maps those that failed to the reason."""
 
     modules: list[str]
     left_out: dict[str, str]

@@ -149,8 +149,7 @@ class Nursery:
                     left_out[name] = reason
         gc.collect()
         gc.freeze()  # what is here now is shared with every worker: collecting it would copy the pages
-        modules = [name for name in message.modules if name not in left_out]
-        self._channel.send(NurseryReady(modules, left_out))
+        self._channel.send(NurseryReady(sorted(sys.modules), left_out))
 
     def _import(self, name: str) -> str:
         """Import one module; return why it could not be."""
