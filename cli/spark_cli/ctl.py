@@ -2,7 +2,6 @@
 
 import json
 import socket
-import sys
 from typing import Any
 
 import click
@@ -99,6 +98,8 @@ def status(outer: str | None, run: str | None, as_json: bool) -> None:
     click.echo(f"{picture['state']}, {pace}, code version {picture['version']}")
     for name, value in picture["values"].items():
         click.echo(f"  {name} = {json.dumps(value)}")
+    for name, control in picture["controls"].items():
+        click.echo(f"  {name} = {json.dumps(control['value'])} (control)")
     for name in picture["functions"]:
         click.echo(f"  {name}()")
     if picture["error"]:
@@ -124,8 +125,25 @@ def call(outer: str | None, run: str | None, name: str, arguments: str | None) -
     if "result" not in answer:
         click.echo(f"{answer['job']} runs", err=True)
         answer = control.request("wait", job=answer["job"])
-    json.dump(answer["result"], sys.stdout)
-    click.echo()
+    click.echo(json.dumps(answer["result"]))
+
+
+@command.command("wait")
+@click.argument("job")
+@_run
+@click.pass_obj
+def wait(outer: str | None, run: str | None, job: str) -> None:
+    """Wait for the call JOB and print what it returns, as JSON."""
+    click.echo(json.dumps(Control(run or outer).request("wait", job=job)["result"]))
+
+
+@command.command("cancel")
+@click.argument("job")
+@_run
+@click.pass_obj
+def cancel(outer: str | None, run: str | None, job: str) -> None:
+    """Cancel the call JOB at its next checkpoint."""
+    Control(run or outer).request("cancel", job=job)
 
 
 @command.command("set")

@@ -3,12 +3,12 @@
 What the script prints goes through unchanged, to the stream it was meant for; our own lines go to standard error.
 """
 
-import json
 import sys
 from typing import Any
 
 from spark_cli.keys import Keys
 from spark_cli.outlet import Outlet
+from spark_runtime.supervise.jsontext import dumps
 from spark_runtime.supervise.picture import Event
 from spark_runtime.supervise.rpc import plain_event
 from spark_runtime.supervise.run import Run
@@ -41,7 +41,7 @@ class JsonView:
         if event["event"] == "output" and event["stream"] == "stderr":
             self._err.write(event["data"])
         else:
-            self._out.write(json.dumps(plain_event(event)).encode() + b"\n")
+            self._out.write(dumps(plain_event(event)).encode() + b"\n")
 
 
 class PlainView:
@@ -175,6 +175,8 @@ def describe(event: Event) -> str:
         return line(prefix + event["text"])
     if kind == "start":
         return line(f"{event['script']} runs (run {event['run']})")
+    if kind == "state" and event["state"] in ("idle", "stopped") and not event["waits"]:
+        return ""  # on the way to the end
     if kind == "state" and event["state"] in ("paused", "idle", "stopped", "error", "done"):
         return line(_state_text(event))
     if kind == "reload":
@@ -209,7 +211,7 @@ def _state_text(event: Event) -> str:
 
 def _job_text(event: Event) -> str:
     if event["step"] == "returned":
-        return line(f"{event['name']}() returned {json.dumps(event['result'])[:2000]}")
+        return line(f"{event['name']}() returned {dumps(event['result'])[:2000]}")
     return f"{line(event['name'] + '() raised ' + event['error'])}{event['text']}"
 
 
@@ -227,7 +229,7 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
 def _short(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.5g}"
-    text = visible(value) if isinstance(value, str) else json.dumps(value)
+    text = visible(value) if isinstance(value, str) else dumps(value)
     return text if len(text) <= 32 else text[:31] + "…"
 
 

@@ -1,11 +1,11 @@
 """The control socket: a JSON-RPC request a line, an answer a line, for ``spark ctl`` and this user's programs."""
 
 import asyncio
-import json
 import os
 from pathlib import Path
 from typing import Any
 
+from spark_runtime.supervise.jsontext import dumps
 from spark_runtime.supervise.rpc import MOST_BYTES, RpcClient
 from spark_runtime.supervise.run import Run
 
@@ -41,7 +41,7 @@ class ControlSocket:
             if writer.transport.get_write_buffer_size() > MOST_UNSENT:
                 writer.transport.abort()
             else:
-                writer.write(json.dumps(message).encode() + b"\n")
+                writer.write(dumps(message).encode() + b"\n")
 
         client = RpcClient(self._run, send)
         try:

@@ -84,14 +84,15 @@ class Course:
         """
         after = next_state(self.picture.state, event)
         if after != self.picture.state:
-            self.picture.enter(after)
+            self.picture.enter(after, waits=not self._options.exit_when_called)
             self._waits.entered(after)
         self._decide(after)
 
     def end(self, code: int) -> None:
-        """The run is over; a planned call that failed makes the code 1."""
+        """The run is over; where it was there for its calls, one that failed makes the code 1."""
         if not self.ended.done():
-            self.ended.set_result(code or int(self._failed_calls > 0))
+            failed = self._options.exit_when_called and self._failed_calls > 0
+            self.ended.set_result(code or int(failed))
 
     def quit(self) -> None:
         """Stop, take the last snapshot, end."""
@@ -121,6 +122,7 @@ class Course:
         elif state == "stopped" and (self.is_quitting or self._options.exit_when_called):
             self.end(0)
         elif state == "idle" and self._options.exit_when_called and not self._planned:
+            self.state.is_finished = True  # torch() has returned, and nobody will call any more
             self.quit()
 
     def _on_planned(self, job: Job) -> None:
@@ -193,7 +195,8 @@ class Course:
     def _begin(self) -> None:
         """Have the next worker run ``torch()`` from the newest snapshot."""
         cast = self.stage.promote()
-        self.picture.begin_worker(cast.version.number)
+        newest = self.state.newest
+        self.picture.begin_worker(cast.version.number, newest.checkpoints if newest is not None else 0)
         message, descriptors = self.state.start_message(cast.worker.number, paused=self.starts_paused)
         cast.worker.send(message, descriptors)
         for job in self.jobs.unfinished():

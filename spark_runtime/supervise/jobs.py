@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from spark_runtime.errors import CallFailed, RequestRefused, WorkerDied
-from spark_workers.messages import Call, Raised, Returned
+from spark_workers.messages import Call, MessageBroken, Raised, Returned, encode
 
 MOST_CRASHES = 2
 KEPT = 100  # answers that can still be asked for
@@ -40,7 +40,17 @@ class Jobs:
     _numbers: "itertools.count[int]" = field(default_factory=lambda: itertools.count(1))
 
     def add(self, name: str, args: list[Any], kwargs: dict[str, Any]) -> Job:
-        """Take a new call into the books."""
+        """Take a new call into the books.
+
+        Raises:
+            RequestRefused: It cannot be sent to a worker.
+        """
+        if not isinstance(name, str):
+            raise RequestRefused(f"a call names a function, not {name!r}")
+        try:
+            encode(Call("", name, args, kwargs))
+        except MessageBroken as problem:
+            raise RequestRefused(f"the arguments of {name}() cannot be sent: {problem}") from problem
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         answer.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be waiting for it
         job = Job(f"job-{next(self._numbers)}", name, args, kwargs, answer)

@@ -18,6 +18,7 @@ from spark_runtime.supervise.control import ControlSocket
 from spark_runtime.supervise.preload import PreloadList
 from spark_runtime.supervise.run import Run
 from spark_runtime.supervise.store import RunFolder, StateFolder, StoreBusy
+from spark_workers import system
 
 
 class View(Protocol):
@@ -45,6 +46,7 @@ def launch(options: RunOptions, view: View) -> int:
         ScriptUnusable, StoreError: It cannot be run, or another run holds it. Nothing was started.
     """
     script, notes = check_script(options.script)
+    system.adopt_orphans()  # this process is the run's alone: whatever falls to it was started by the script
     return asyncio.run(_launch(replace(options, script=script), view, notes))
 
 
@@ -132,6 +134,7 @@ def _handle_signals(run: Run) -> Callable[[], None]:
     def end() -> None:
         for number in actions:
             loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)  # an impatient Ctrl-C must not spoil an end that is all but reached
 
     return end
 

@@ -30,6 +30,9 @@ from spark_workers.messages import (
 )
 
 SCRIPT_WORKER = "spark_workers.scripts.worker"  # every nursery has the runtime's own part imported
+FORK_SECONDS = 2.0  # a fork takes milliseconds
+END_SECONDS = 3.0
+ORPHAN_SECONDS = 1.0
 MANY_MODULES = 10  # fewer are not worth another nursery
 LOST = -int(signal.SIGKILL)  # the status of a worker that went down with its nursery
 
@@ -85,6 +88,7 @@ class Nursery:
             command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True, env=_environment()
         )
         theirs.close()
+        self._loop = asyncio.get_running_loop()
         self._processes: dict[int, Process] = {}
         self._on_ready = on_ready
         self._on_lost = on_lost
@@ -108,6 +112,8 @@ class Nursery:
         process.nursery = self
         self._processes[process.number] = process
         self._channel.send(Fork(process.number, entry), descriptors)
+        if self.is_ready:
+            self._loop.call_later(FORK_SECONDS, self._check_forked, process)
 
     def signal(self, worker: int, number: int) -> None:
         """Pass a signal on, where there are no pidfds."""
@@ -139,6 +145,11 @@ class Nursery:
         elif isinstance(message, Exited):
             self._exited(message.worker, message.status)
 
+    def _check_forked(self, process: Process) -> None:
+        """A nursery that has nothing to do but to fork, and does not, is stopped or stuck: end it."""
+        if process.pid is None and process.number in self._processes:
+            self._popen.kill()
+
     def _forked(self, process: Process, pid: int, descriptors: list[int]) -> None:
         process.pid = pid
         process.pidfd = descriptors[0] if descriptors else None
@@ -157,8 +168,8 @@ class Nursery:
         """The nursery is gone. The kernel kills its workers; what they started in their sessions is left to us."""
         self._popen.poll()
         for number, process in list(self._processes.items()):
+            process.kill()
             if process.pid is not None:
-                process.kill()
                 system.kill_session(process.pid)
             self._exited(number, LOST)
         self._on_lost(self)
@@ -175,6 +186,8 @@ class Nurseries:
         self._failures = 0
         self._is_closing = False
         self._tried: set[str] = set()
+        self._nursery_pids: set[int] = set()  # those that have ended included, until they are reaped
+        self._burials: set[asyncio.Future[None]] = set()
         self._current = self._start(modules)
 
     def start(self, process: Process, entry: str, descriptors: list[int]) -> None:
@@ -197,12 +210,43 @@ class Nurseries:
             self._tried = missing  # what cannot be imported ahead is not tried again and again
             self._next = self._start(wanted)
 
+    def _bury(self, nursery: Nursery) -> None:
+        """Have a nursery that has ended, or is about to, reaped; waiting here would hold the loop."""
+        burial = asyncio.ensure_future(self._reap(nursery))
+        self._burials.add(burial)
+        burial.add_done_callback(self._burials.discard)
+
+    async def _reap(self, nursery: Nursery) -> None:
+        await nursery.wait(END_SECONDS)
+        self._nursery_pids.discard(nursery.pid)
+        await self._clear_orphans()
+
+    async def _clear_orphans(self) -> None:
+        """Kill what a lost nursery's workers left behind; it has fallen to us, if we take orphans.
+
+        multiprocessing's resource trackers end by themselves when the others have, and clean up as they do.
+        """
+        if not system.adopts_orphans():
+            return
+        limit = asyncio.get_running_loop().time() + ORPHAN_SECONDS
+        while orphans := [pid for pid in system.children(os.getpid()) if pid not in self._nursery_pids]:
+            is_late = asyncio.get_running_loop().time() > limit
+            for pid in [each for orphan in orphans for each in (*system.descendants(orphan), orphan)]:
+                if is_late or not system.is_resource_tracker(pid):
+                    system.kill(pid)
+            for pid in orphans:
+                system.reap_nowait(pid)
+            await asyncio.sleep(0.01)
+
     async def aclose(self) -> None:
         """End every nursery and wait until they and all their descendants are gone."""
         self._is_closing = True
         for each in self._all:
             each.close()
-        await asyncio.gather(*(each.wait(3.0) for each in self._all))
+        for each in self._all:
+            self._bury(each)
+        self._all.clear()
+        await asyncio.gather(*self._burials)
 
     def pids(self) -> list[int]:
         """The nurseries' own processes."""
@@ -211,6 +255,7 @@ class Nurseries:
     def _start(self, modules: list[str]) -> Nursery:
         nursery = Nursery([SCRIPT_WORKER, *modules], self._ready, self._lost)
         self._all.append(nursery)
+        self._nursery_pids.add(nursery.pid)
         return nursery
 
     def _ready(self, nursery: Nursery) -> None:
@@ -225,11 +270,11 @@ class Nurseries:
             if each not in (self._current, self._next) and not each.is_needed():
                 each.close()
                 self._all.remove(each)
-                # Reaped when it is gone; waiting here would hold the loop.
-                self._reaping = asyncio.ensure_future(each.wait(3.0))
+                self._bury(each)
 
     def _lost(self, nursery: Nursery) -> None:
         self._all.remove(nursery)
+        self._bury(nursery)
         if nursery.spoiled_by is not None:
             package = nursery.spoiled_by.partition(".")[0]
             self._left_out.add(package)

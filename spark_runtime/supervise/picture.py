@@ -57,10 +57,10 @@ class Picture:
         if values:
             self.publish("values", values=values, checkpoints=checkpoints)
 
-    def enter(self, state: State) -> None:
-        """The run is in another state."""
+    def enter(self, state: State, *, waits: bool) -> None:
+        """The run is in another state; *waits* says whether it stays where nothing is left to do."""
         self.state = state
-        self.publish("state", state=state, checkpoints=self.checkpoints)
+        self.publish("state", state=state, checkpoints=self.checkpoints, waits=waits)
 
     def note(self, text: str, level: str = "info") -> None:
         """Tell the user one line."""
@@ -101,9 +101,10 @@ class Picture:
             fields |= {"error": str(problem), "text": getattr(problem, "text", "")}
         self.publish("job", **fields)
 
-    def begin_worker(self, version: int) -> None:
+    def begin_worker(self, version: int, checkpoints: int) -> None:
         """A new worker takes over: what it does not expose disappears."""
         self.version = version
+        self.checkpoints = checkpoints
         self._passed.clear()
         self.values.clear()
         self.functions, self.controls, self.loops = {}, {}, {}

@@ -8,6 +8,8 @@ from spark_runtime.supervise.code import Code, Version
 from spark_runtime.supervise.course import Course
 from spark_runtime.supervise.jobs import Job
 from spark_workers import messages as m
+from spark_workers.scripts.errors import SparkUsageError
+from spark_workers.scripts.exposed import fitting
 
 
 class Requests:
@@ -109,6 +111,10 @@ class Requests:
         if control not in self._picture.controls:
             known = ", ".join(self._picture.controls) or "none"
             raise RequestRefused(f"there is no control {control!r}; there is {known}")
+        try:
+            fitting(control, value, self._picture.controls[control])
+        except SparkUsageError as problem:
+            raise RequestRefused(str(problem)) from problem
         self._tell(m.Turn(control, value))
 
     def _tell(self, message: m.Message) -> None:
@@ -126,8 +132,6 @@ class Requests:
         self._course.load(version)
 
     def _begin_anew(self) -> None:
-        if self._course.state.newest is not None:
-            self._course.state.keep_aside("reset was asked for")
-        self._course.state.drop()
+        self._course.state.reset("reset was asked for")
         self._picture.checkpoints = 0
         self._start_with(self._code.version())

@@ -66,10 +66,10 @@ class RpcClient:
             self._unsubscribe = None
 
     def _answer(self, request: Any, outcome: dict[str, Any]) -> None:
-        is_notification = isinstance(request, dict) and "id" not in request and "error" not in outcome
-        if not is_notification:
-            number = request.get("id") if isinstance(request, dict) else None
-            self._send({"jsonrpc": "2.0", "id": number, **outcome})
+        if request is None:  # it could not be read: whose answer this is cannot be said
+            self._send({"jsonrpc": "2.0", "id": None, **outcome})
+        elif "id" in request:
+            self._send({"jsonrpc": "2.0", "id": request["id"], **outcome})
 
     async def _act(self, request: dict[str, Any]) -> Any:
         method = self._methods.get(request["method"])

@@ -62,10 +62,10 @@ class Run:
 
     async def run(self) -> int:
         """Run the script to its end; return the exit code of the command."""
-        self._course.begin()
-        self._saves.watch()
-        self._waits.tick()
         try:
+            self._course.begin()
+            self._saves.watch()
+            self._waits.tick()
             return await self._course.ended
         finally:
             await self._close()

@@ -31,7 +31,10 @@ def runtime_folder() -> Path:
     """
     base = os.environ.get("SPARKRT_RUNTIME_DIR") or os.environ.get("XDG_RUNTIME_DIR")
     folder = Path(base) / "sparkrt" if base else Path(tempfile.gettempdir()) / f"sparkrt-{os.getuid()}"
-    if len(str(folder)) > LONGEST_SOCKET_PATH - 20:
+    is_long = len(str(folder)) > LONGEST_SOCKET_PATH - 20
+    if is_long and os.environ.get("SPARKRT_RUNTIME_DIR"):
+        raise StoreError(f"{folder} is too long for the path of a socket; set SPARKRT_RUNTIME_DIR to a shorter one")
+    if is_long:
         folder = Path("/tmp") / f"sparkrt-{os.getuid()}"  # noqa: S108 - checked below: ours and 0700
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

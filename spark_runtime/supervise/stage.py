@@ -16,6 +16,8 @@ from spark_runtime.supervise.nursery import Nurseries
 from spark_runtime.supervise.worker import Death, Event, Worker
 from spark_workers.messages import Left, Load, Loaded, LoadFailed
 
+MOST_TRIES = 3
+
 
 @dataclass(eq=False)
 class Cast:
@@ -24,6 +26,7 @@ class Cast:
     worker: Worker
     version: Version
     saved_at: float | None = None  # when its code was saved, if a save made it
+    tries: int = 1  # how many nurseries were asked for it
     is_loaded: bool = False
     has_run: bool = False  # it has passed a checkpoint
     left: Left | None = None
@@ -65,12 +68,12 @@ class Stage:
         self._arguments = list(arguments)
         self._numbers = 0
 
-    def load(self, version: Version, saved_at: float | None) -> Cast:
+    def load(self, version: Version, saved_at: float | None, tries: int = 1) -> Cast:
         """Make a worker ready with *version*, in place of one that is being made ready."""
         self.drop_next("newer code was saved")
         self._numbers += 1
         worker = Worker(self._numbers, self._nurseries, self._on_event, self._on_output)
-        self.next = Cast(worker, version, saved_at)
+        self.next = Cast(worker, version, saved_at, tries)
         sources = {str(path): source for path, source in version.sources.items()}
         roots = list(dict.fromkeys([str(version.script.parent), os.getcwd()]))
         worker.send(Load(self._script, module_name(version.script), self._arguments, sources, roots))
@@ -111,6 +114,8 @@ class Stage:
         if isinstance(event, Loaded):
             cast.is_loaded = True
             self._owner.on_ready(cast, event)
+        elif isinstance(event, Death) and cast.worker.pid is None and cast.tries < MOST_TRIES:
+            self.load(cast.version, cast.saved_at, cast.tries + 1)  # its nursery went down before it was there
         elif isinstance(event, (LoadFailed, Death)):
             self.next = None
             self._owner.on_unready(cast, event)

@@ -121,8 +121,10 @@ class RunState:
         self._segments.release(f"reader {worker}")
         self._segments.release(f"writer {worker}")
 
-    def drop(self) -> None:
-        """Forget the newest snapshot; what is on disk is set aside by whoever asks for this."""
+    def reset(self, reason: str) -> None:
+        """Forget the newest snapshot; on disk it is kept aside, and nothing is left there to go on from."""
+        if self._writer is not None and self.newest is not None:
+            self._writer.keep_aside(reason, clear=True)
         self.newest = None
         self._segments.release(NEWEST)
 
@@ -186,7 +188,8 @@ class DiskWriter:
         self._folder = folder
         self._on_trouble = on_trouble
         self._waiting: _Job | None = None
-        self._aside: list[str] = []
+        self._aside: list[tuple[str, bool]] = []
+        self._is_failing = False
         self._is_closing = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="spark-disk", daemon=True)
@@ -200,10 +203,10 @@ class DiskWriter:
         if skipped is not None:
             skipped.done()
 
-    def keep_aside(self, reason: str) -> None:
-        """Keep the newest snapshot for good, once it is written."""
+    def keep_aside(self, reason: str, *, clear: bool = False) -> None:
+        """Keep the newest snapshot for good, once it is written; with *clear* it is no generation of the run then."""
         with self._changed:
-            self._aside.append(reason)
+            self._aside.append((reason, clear))
             self._changed.notify()
 
     def close(self, *, finished: bool) -> None:
@@ -223,18 +226,32 @@ class DiskWriter:
                 aside, self._aside = self._aside, []
             if job is not None:
                 self._write(job)
-            for reason in aside:
+            for reason, clear in aside:
                 self._guarded(lambda reason=reason: self._folder.keep_aside(reason))  # type: ignore[misc]
+                if clear:
+                    self._guarded(self._folder.clear)
             if job is None and not aside:
                 return
 
     def _write(self, job: _Job) -> None:
-        self._guarded(lambda: self._folder.write(job.meta, job.parts))
-        self._guarded(lambda: self._folder.mark(step=int(job.meta.get("checkpoints", 0))))
+        self._guarded(lambda: self._write_down(job))
         job.done()
 
+    def _write_down(self, job: _Job) -> None:
+        self._folder.write(job.meta, job.parts)
+        self._folder.mark(step=int(job.meta.get("checkpoints", 0)))
+
     def _guarded(self, write: Callable[[], object]) -> None:
+        """Write; tell of the first failure in a row, and of the first success after it."""
         try:
             write()
         except (OSError, StoreError) as problem:
-            self._on_trouble(f"the state could not be written to {self._folder.path}: {problem}")
+            if not self._is_failing:
+                self._on_trouble(
+                    f"the state is not written to {self._folder.path} and is kept in memory only: {problem}"
+                )
+            self._is_failing = True
+        else:
+            if self._is_failing:
+                self._on_trouble(f"the state is written to {self._folder.path} again")
+            self._is_failing = False

@@ -35,7 +35,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -152,7 +152,7 @@ class StateFolder:
         self._now = now
 
     @classmethod
-    def open(cls, script: Path, *, now: Clock = lambda: datetime.now(timezone.utc)) -> StateFolder:
+    def open(cls, script: Path, *, now: Clock = lambda: datetime.now(UTC)) -> StateFolder:
         """Lock the state of *script*, make its folder if need be, and remove what a killed writer has left.
 
         Raises:
@@ -368,6 +368,12 @@ class RunFolder:
             sync_to_disk(text.fileno())
         _sync_folder(self._aside)
         return kept
+
+    def clear(self) -> None:
+        """Remove every generation: the run has nothing to go on from. What is in ``aside/`` stays."""
+        for generation in self._generations():
+            self._file(generation).unlink(missing_ok=True)
+        _sync_folder(self.path)
 
     def mark(self, *, step: int) -> None:
         """Record how far the run has come, for the list of unfinished runs."""

@@ -51,7 +51,7 @@ def _wanted() -> int:
     for name in _VARIABLES:
         text = os.environ.get(name, "")
         if text.isdigit() and int(text) > 0:
-            return int(text)
+            return min(int(text), os.cpu_count() or 1)  # OpenBLAS itself has no more
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

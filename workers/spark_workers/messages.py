@@ -322,7 +322,7 @@ _PLAIN: dict[object, tuple[type, ...]] = {int: (int,), float: (float, int), str:
 def _checker(hint: object) -> typing.Callable[[object], bool]:
     """Return a function that tells whether a decoded value fits the annotation *hint*."""
     if hint is Any:
-        return lambda value: True
+        return _is_json
     if hint in _PLAIN:
         kinds = _PLAIN[hint]
         exact = bool in kinds
@@ -335,6 +335,16 @@ def _checker(hint: object) -> typing.Callable[[object], bool]:
         key, item = _checker(inner[0]), _checker(inner[1])
         return lambda value: isinstance(value, dict) and all(key(k) and item(v) for k, v in value.items())
     raise TypeError(f"a message field cannot be {hint!r}")
+
+
+def _is_json(value: object) -> bool:
+    """Tell whether *value* is plain data: msgpack also knows time stamps, extensions and keys that are no texts."""
+    kind = type(value)
+    if value is None or kind in (bool, int, float, str, bytes):
+        return True
+    if kind is dict:
+        return all(type(key) is str and _is_json(item) for key, item in value.items())  # type: ignore[attr-defined]
+    return kind is list and all(map(_is_json, value))  # type: ignore[call-overload]
 
 
 def _spec(kind: type[Message]) -> tuple[type[Message], list[tuple[str, typing.Callable[[object], bool]]]]:
@@ -353,6 +363,9 @@ def encode(message: Message) -> bytes:
         MessageBroken: A field holds something that msgpack cannot carry.
     """
     kind = type(message)
+    for name, fits in _SPECS[kind.__name__][1]:
+        if not fits(getattr(message, name)):
+            raise MessageBroken(f"{kind.__name__}.{name} cannot be {str(getattr(message, name))[:80]}")
     try:
         packed: bytes = msgpack.packb([kind.__name__, *(getattr(message, name) for name in _GETTERS[kind])])
     except (TypeError, ValueError, OverflowError, RecursionError) as problem:

@@ -8,7 +8,7 @@ rules keep that safe, each of them found by breaking it:
   during the imports and taken back after; each worker sets the real number through OpenBLAS itself. Where an import
   leaves a thread behind all the same, a child is forked to try; if it hangs, the nursery is given up.
 * It is the parent: only a parent can wait. Workers lead sessions of their own, so Ctrl-C reaches the supervisor alone;
-  when one dies its whole session is killed, and orphans fall to the nursery because it is a subreaper.
+  when one dies what it started falls to the nursery, because it is a subreaper, and is killed.
 * It ends when the supervisor does, by the pidfd of its parent as well as by end-of-file on the channel, and takes
   every descendant along. Workers have PDEATHSIG on the nursery in case it is killed itself.
 """
@@ -39,7 +39,7 @@ from spark_workers.messages import (
 
 PROBE_SECONDS = 10.0
 TRACKER_SECONDS = 1.0
-SESSION_SECONDS = 1.0
+ORPHAN_SECONDS = 1.0
 POLL_SECONDS = 0.25  # only where the parent has no pidfd
 
 
@@ -73,6 +73,7 @@ class Nursery:
         self._channel = channel
         self._parent = parent
         self._workers: dict[int, int] = {}  # pid to worker
+        self._burying = 0
         self._trackers: dict[int, float] = {}  # resource trackers of dead workers, and when their time is up
         self._selector = selectors.DefaultSelector()
 
@@ -220,21 +221,21 @@ class Nursery:
         """Kill what a dead worker left behind, then reap it and say so."""
         worker = self._workers.pop(pid, None)
         if worker is not None:
-            # The zombie still holds its session number, so nobody else can be taken for its children.
-            self._kill_session(pid)
+            self._burying = pid  # a zombie until it is reaped, below
+            self._kill_orphans()
         _reap_one(pid)
         self._trackers.pop(pid, None)
         if worker is not None:
             self._channel.send(Exited(worker, status))
 
-    def _kill_session(self, session: int) -> None:
-        limit = time.monotonic() + SESSION_SECONDS
+    def _kill_orphans(self) -> None:
+        """Kill what the dead worker started: its session, and what made a session of its own.
+
+        Whatever has fallen to us is of that worker, because workers that live keep their own orphans.
+        """
+        limit = time.monotonic() + ORPHAN_SECONDS
         while True:
-            left = [
-                pid
-                for pid in self._orphans()
-                if pid != session and system.session_of(pid) == session and pid not in self._trackers
-            ]
+            left = [pid for pid in self._orphans() if pid not in self._trackers]
             if not left or time.monotonic() > limit:
                 return
             for pid in left:
@@ -257,7 +258,7 @@ class Nursery:
     def _orphans(self) -> list[int]:
         found = []
         for child in system.children(os.getpid()):
-            if child not in self._workers:
+            if child not in self._workers and child != self._burying:
                 found += [child, *system.descendants(child)]
         return found
 
@@ -271,7 +272,7 @@ class Nursery:
         """Kill every descendant, workers first, resource trackers when the others are gone."""
         for pid in self._workers:
             system.kill(pid)
-        limit = time.monotonic() + SESSION_SECONDS
+        limit = time.monotonic() + ORPHAN_SECONDS
         while time.monotonic() < limit:
             _reap_all()
             left = list(system.descendants(os.getpid()))
@@ -291,6 +292,7 @@ def run_worker(entry: str, given: Descriptors, parent: int) -> int:
     if hasattr(os, "setsid") and os.getsid(0) != os.getpid():
         os.setsid()
     system.die_with_parent(parent)
+    system.adopt_orphans()  # so that a child's child whose parent ends stays with us, and ends with us
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+_PR_GET_CHILD_SUBREAPER = 37
 LINUX = sys.platform == "linux"
 
 
@@ -65,14 +66,6 @@ def descendants(pid: int) -> Iterator[int]:
         yield from descendants(child)
 
 
-def session_of(pid: int) -> int | None:
-    """Return the session that *pid* belongs to, or None if it is gone."""
-    try:
-        return os.getsid(pid)
-    except OSError:
-        return None
-
-
 def command_of(pid: int) -> bytes:
     """Return the command line of *pid*, empty if it is gone or dead."""
     try:
@@ -95,15 +88,38 @@ def kill(pid: int) -> None:
         pass  # it ended by itself meanwhile, which is all that was wanted
 
 
+def adopts_orphans() -> bool:
+    """Tell whether `adopt_orphans` was called in this process."""
+    found = ctypes.c_int(0)
+    if LINUX:
+        ctypes.CDLL(None).prctl(_PR_GET_CHILD_SUBREAPER, ctypes.byref(found), 0, 0, 0)
+    return bool(found.value)
+
+
 def kill_session(session: int) -> None:
-    """SIGKILL every process of a session, looking at all processes: for when their common parent is gone."""
+    """SIGKILL every process of a session, for when their common parent is gone.
+
+    multiprocessing's resource tracker is left: it ends by itself when the others have, and cleans up after them.
+    """
     try:
         pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
     except OSError:
-        return
+        return  # not Linux: the workers see end-of-file on their channels
     for pid in pids:
-        if session_of(pid) == session:
+        try:
+            is_member = os.getsid(pid) == session
+        except OSError:
+            continue  # gone meanwhile
+        if is_member and not is_resource_tracker(pid):
             kill(pid)
+
+
+def reap_nowait(pid: int) -> bool:
+    """Reap a child that has ended; tell whether it is gone."""
+    try:
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG) is not None
+    except ChildProcessError:
+        return True
 
 
 def available_memory() -> int:

@@ -16,12 +16,13 @@ from spark_workers.scripts.loader import Entry, Shadow
 from spark_workers.scripts.loops import Loop, Loops
 from spark_workers.scripts.persist import Persisted
 from spark_workers.scripts.session import Session
+from spark_workers.scripts.values import Shown
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class Controller:
+class Controller(Shown):
     """Steers the script from inside: what the terminal's keys and ``spark ctl`` do from outside."""
 
     def __init__(self, owner: "Spark") -> None:
@@ -32,6 +33,10 @@ class Controller:
         """starting, running, pausing, paused, idle or stopping; always running without the runtime."""
         session = self._owner.session
         return session.status if session is not None else "running"
+
+    def shown(self) -> object:
+        """What is shown of an exposed controller."""
+        return {"status": self.status}
 
     def pause(self) -> None:
         """Pause at the next checkpoint."""
@@ -143,12 +148,13 @@ class Spark:
 
     def _expose(self, bindings: Mapping[str, Any]) -> None:
         if self.session is not None:
-            self.session.exposed.add({name: _exposable(value) for name, value in bindings.items()})
+            self.session.exposed.add(bindings)
 
     def log(self, **numbers: Any) -> None:
         """Add one point to each named series."""
         if self.session is not None:
-            self.session.log({name: _number(value) for name, value in numbers.items()})
+            points = {name: _number(name, value) for name, value in numbers.items()}
+            self.session.display.log(self.session.passed(), points)
 
     def control(self, name: str, default: T, *, min: Any = None, max: Any = None) -> T:
         """Return the value of a knob that users can turn while the script runs; read it at every step."""
@@ -208,13 +214,16 @@ class Spark:
         self.checkpoint = idle_checkpoint
 
 
-def _exposable(value: object) -> object:
-    """A controller is shown as its status."""
-    return {"status": value.status} if isinstance(value, Controller) else value
-
-
-def _number(value: Any) -> Any:
-    return value.item() if hasattr(value, "item") else value
+def _number(name: str, value: Any) -> float | int:
+    """Return what a series can hold: a number of Python's, also out of an array or tensor with one element."""
+    if hasattr(value, "item"):
+        try:
+            value = value.item()
+        except (ValueError, RuntimeError, TypeError):
+            pass  # more than one element, or none: refused below
+    if isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63):
+        return value
+    raise SparkUsageError(f"log({name}=...) takes one number, not {type(value).__name__}: {str(value)[:80]}")
 
 
 spark = Spark()

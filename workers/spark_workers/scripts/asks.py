@@ -44,8 +44,8 @@ class Asks:
         return None
 
     def count_step(self) -> None:
-        """One checkpoint was passed while stepping: pause when it was the last."""
+        """A checkpoint is reached while stepping: pause here when enough have been passed."""
         if self.steps is not None:
             self.steps -= 1
-            if self.steps < 0:
+            if self.steps <= 0:
                 self.paused, self.steps = True, None

@@ -1,11 +1,14 @@
 """The names that a script shows: values, functions, controls, and which of them changed since the last look."""
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import msgpack
+
 from spark_workers.scripts.errors import SparkUsageError
-from spark_workers.scripts.values import summary
+from spark_workers.scripts.values import is_text, summary
 
 Function = Callable[..., Any]
 
@@ -19,12 +22,15 @@ class ExposedNames:
         self.turned: dict[str, Any] = {}  # what users set; kept over reloads
         self.is_announced = False
         self._values: dict[str, object] = {}
-        self._shown: dict[str, Any] = {}
+        self._shown: dict[str, bytes] = {}
 
     def add(self, bindings: Mapping[str, object]) -> None:
         """Expose each name: routines can be called, everything else is watched."""
+        for name in bindings:
+            if not isinstance(name, str) or not is_text(name):
+                raise SparkUsageError(f"expose() takes names that are texts, not {name!r}")
         for name, value in bindings.items():
-            if inspect.isroutine(value):
+            if inspect.isroutine(value) or isinstance(value, functools.partial):
                 self.functions[name] = value
                 self._values.pop(name, None)
                 self.is_announced = False
@@ -38,7 +44,12 @@ class ExposedNames:
         if self.controls.get(name) != description:
             self.controls[name] = description
             self.is_announced = False
-        return self.turned.get(name, default)
+        if name in self.turned:
+            try:
+                return fitting(name, self.turned[name], description)
+            except SparkUsageError:  # new code has other bounds, or another kind of value
+                del self.turned[name]
+        return default
 
     def turn(self, name: str, value: Any) -> None:
         """Set a control.
@@ -48,7 +59,7 @@ class ExposedNames:
         """
         if name not in self.controls:
             raise SparkUsageError(f"there is no control {name!r}; there is {', '.join(self.controls) or 'none'}")
-        self.turned[name] = _fitting(name, value, self.controls[name])
+        self.turned[name] = fitting(name, value, self.controls[name])
         self.is_announced = False
 
     def describe(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -65,8 +76,10 @@ class ExposedNames:
         changed: dict[str, Any] = {}
         for name, value in list(self._values.items()):
             now = summary(value)
-            if name not in self._shown or self._shown[name] != now:
-                self._shown[name] = changed[name] = now
+            packed = msgpack.packb(now)  # compares 1 with True as different, and NaN with NaN as equal
+            if self._shown.get(name) != packed:
+                self._shown[name] = packed
+                changed[name] = now
         return changed
 
     def has_functions(self) -> bool:
@@ -74,7 +87,12 @@ class ExposedNames:
         return bool(self.functions)
 
 
-def _fitting(name: str, value: Any, control: Mapping[str, Any]) -> Any:
+def fitting(name: str, value: Any, control: Mapping[str, Any]) -> Any:
+    """Return *value* as the control takes it.
+
+    Raises:
+        SparkUsageError: It does not fit; the message says what would.
+    """
     default, low, high = control["default"], control.get("min"), control.get("max")
     if isinstance(default, bool) != isinstance(value, bool):
         raise SparkUsageError(f"control {name!r} is {default!r}; it cannot become {value!r}")
@@ -82,7 +100,7 @@ def _fitting(name: str, value: Any, control: Mapping[str, Any]) -> Any:
         value = float(value)
     if type(value) is not type(default):
         raise SparkUsageError(f"control {name!r} takes {type(default).__name__}, not {value!r}")
-    if (low is not None and value < low) or (high is not None and value > high):
+    if value != value or (low is not None and value < low) or (high is not None and value > high):
         raise SparkUsageError(f"control {name!r} goes from {low} to {high}; {value!r} is outside")
     return value
 

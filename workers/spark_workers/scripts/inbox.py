@@ -14,7 +14,7 @@ from spark_workers.channel import Channel
 from spark_workers.frames import FrameBroken
 from spark_workers.messages import Here, Message, MessageBroken, Segment, Where
 
-ORPHANED = 70
+ORPHANED, MISLED = 70, 71  # exit codes of a worker whose channel ended, or made no sense
 
 Arrived = tuple[Message, list[int]]
 
@@ -68,9 +68,11 @@ class Inbox:
                     self._knock()
                     if self.on_message is not None:
                         self.on_message()
-        except (EOFError, OSError, FrameBroken, MessageBroken):
-            # The supervisor is gone, or what comes is not from it. State was its business; ours is not to linger.
-            os._exit(ORPHANED)
+        except (EOFError, OSError):
+            os._exit(ORPHANED)  # the supervisor is gone, and the state with it: nothing is left to do here
+        except (FrameBroken, MessageBroken) as problem:
+            print(f"the supervisor sent what is no message: {problem}", file=sys.stderr, flush=True)
+            os._exit(MISLED)
 
     def _place(self) -> str:
         """Where the main thread is: the innermost line of the user's code."""

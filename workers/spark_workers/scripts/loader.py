@@ -103,15 +103,18 @@ def _clashing_entries(tree: ast.Module) -> list[ast.FunctionDef | ast.AsyncFunct
 
 
 def _top_level(body: list[ast.stmt]) -> list[ast.stmt]:
-    """The statements that run at the top level, those inside ``if`` and ``try`` included."""
+    """The statements that run at the top level, those inside ``if``, ``for``, ``try`` and the like included."""
     found = []
     for node in body:
         found.append(node)
-        for name in ("body", "orelse", "finalbody"):
-            if isinstance(node, (ast.If, ast.Try, ast.With)):
-                found += _top_level(getattr(node, name, []))
-        for handler in getattr(node, "handlers", []):
-            found += _top_level(handler.body)
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            inner = [
+                each
+                for part in (node, *getattr(node, "handlers", ()), *getattr(node, "cases", ()))
+                for each in ast.iter_child_nodes(part)
+                if isinstance(each, ast.stmt)
+            ]
+            found += _top_level(inner)
     return found
 
 

@@ -87,9 +87,10 @@ class _Running:
     def advance(self) -> None:
         """The item is done: its inner loops' positions are not needed any more."""
         place = self._place
-        self._loops.forget(place.inside())
+        if place.children:
+            self._loops.forget(place.inside())
+            place.children = 0
         place.item += 1
-        place.children = 0
         self._loops.positions[place.path] = place.item
 
 

@@ -109,8 +109,10 @@ class ScriptWorker:
     def _leave(self, left: Left) -> int:
         if os.getpid() != self._pid:  # a fork of the script's own came to its end: the run is not over
             return self._end(left.status, patient=True)
-        self._session.flush(now=True)
-        self._channel.send(left)
+        try:
+            self._session.flush(now=True)
+        finally:
+            self._channel.send(left)
         return self._end(left.status, patient=left.reason in ("done", "exit", "stopped"))
 
     def _end(self, status: int, *, patient: bool) -> int:
