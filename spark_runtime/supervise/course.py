@@ -283,7 +283,7 @@ class Course:
             self._restart_later(how, cast.version)
 
     def _restart_later(self, how: str, version: Version) -> None:
-        delay = self.restarts.died(self.picture.checkpoints)
+        delay = self.restarts.died(self.picture.checkpoints, self.picture.stride)
         if delay is None:
             self._fail(f"given up after several deaths in a row without progress; the last worker {how}")
             return

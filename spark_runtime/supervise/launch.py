@@ -75,7 +75,7 @@ async def _run(options: RunOptions, view: View, notes: list[str], disk: _Disk, r
     preload = PreloadList(folder / "modules.json" if folder is not None else None)
     scratch = folder or Path(tempfile.gettempdir())
     run = Run(options, run_id, disk.run, preload, scratch)
-    if options.resume and disk.run is not None:
+    if options.resume and disk.run is not None and not disk.run.is_cleared():
         with disk.run.newest() as stored:
             run.state.resume(stored)
         run.picture.checkpoints = run.state.newest.checkpoints if run.state.newest else 0

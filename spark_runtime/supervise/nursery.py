@@ -112,8 +112,7 @@ class Nursery:
         process.nursery = self
         self._processes[process.number] = process
         self._channel.send(Fork(process.number, entry), descriptors)
-        if self.is_ready:
-            self._loop.call_later(FORK_SECONDS, self._check_forked, process)
+        self._loop.call_later(FORK_SECONDS, self._wake, process)
 
     def signal(self, worker: int, number: int) -> None:
         """Pass a signal on, where there are no pidfds."""
@@ -145,21 +144,40 @@ class Nursery:
         elif isinstance(message, Exited):
             self._exited(message.worker, message.status)
 
-    def _check_forked(self, process: Process) -> None:
-        """A nursery that has nothing to do but to fork, and does not, is stopped or stuck: end it."""
+    def _wake(self, process: Process) -> None:
+        """No answer to a fork: the nursery imports, or somebody has stopped it, and that can be undone."""
         if process.pid is None and process.number in self._processes:
+            self._popen.send_signal(signal.SIGCONT)
+            self._loop.call_later(FORK_SECONDS, self._give_up, process)
+
+    def _give_up(self, process: Process) -> None:
+        """A nursery that has nothing to do but to fork, and does not, is stuck: end it."""
+        if process.pid is None and process.number in self._processes and self.is_ready:
             self._popen.kill()
 
     def _forked(self, process: Process, pid: int, descriptors: list[int]) -> None:
         process.pid = pid
         process.pidfd = descriptors[0] if descriptors else None
+        if process.pidfd is not None:
+            self._loop.add_reader(process.pidfd, self._ended, process)
         for number in process.pending:
             process.send_signal(number)
         process.pending.clear()
 
+    def _ended(self, process: Process) -> None:
+        """The process has ended. How, the nursery will say; a nursery that does not has been stopped by somebody."""
+        assert process.pidfd is not None
+        self._loop.remove_reader(process.pidfd)
+        self._loop.call_later(FORK_SECONDS, self._wake_to_reap, process)
+
+    def _wake_to_reap(self, process: Process) -> None:
+        if process.number in self._processes:
+            self._popen.send_signal(signal.SIGCONT)
+
     def _exited(self, worker: int, status: int) -> None:
         process = self._processes.pop(worker)
         if process.pidfd is not None:
+            self._loop.remove_reader(process.pidfd)
             os.close(process.pidfd)
             process.pidfd = None
         process.on_exit(status)

@@ -15,9 +15,12 @@ class Restarts:
         self._in_a_row = 0
         self._furthest = 0
 
-    def died(self, checkpoints: int) -> float | None:
-        """A worker died after so many *checkpoints* of the run; return seconds to wait, or None to park."""
-        if checkpoints > self._furthest:
+    def died(self, checkpoints: int, slack: int = 0) -> float | None:
+        """A worker died after so many *checkpoints* of the run; return seconds to wait, or None to park.
+
+        Where exactly it died is known only as of its last words, so getting *slack* further is no progress yet.
+        """
+        if checkpoints > self._furthest + slack:
             self._furthest = checkpoints
             self._in_a_row = 0
         self._in_a_row += 1

@@ -132,6 +132,7 @@ class _RunRecord:
     status: str = UNFINISHED
     step: int = 0
     pid: int = 0
+    cleared: bool = False  # its state was dropped on purpose: it goes on from the beginning
 
     @property
     def last_begun(self) -> tuple[str, str]:
@@ -220,14 +221,15 @@ class StateFolder:
         """Return a stored run to go on with; it counts as unfinished from now on.
 
         Args:
-            run_id: The run. Without it: the last begun one that has a snapshot, unfinished ones first.
+            run_id: The run. Without it: the last begun one that has a snapshot or was cleared, unfinished ones
+                first.
 
         Raises:
             StoreError: There is no such run. The message says what there is.
         """
         with _explained(self.path):
             records = self._records()
-            able = [record for record in records if self._has_snapshot(record)]
+            able = [record for record in records if self._has_snapshot(record) or record.cleared]
             if run_id is not None:
                 able = [record for record in able if record.run_id == run_id]
             if not able:
@@ -373,7 +375,12 @@ class RunFolder:
         """Remove every generation: the run has nothing to go on from. What is in ``aside/`` stays."""
         for generation in self._generations():
             self._file(generation).unlink(missing_ok=True)
-        _sync_folder(self.path)
+        self._record = replace(self._record, cleared=True, step=0)
+        self.save_record()
+
+    def is_cleared(self) -> bool:
+        """Tell whether the state was dropped on purpose, and none has come since."""
+        return self._record.cleared and not self._generations()
 
     def mark(self, *, step: int) -> None:
         """Record how far the run has come, for the list of unfinished runs."""

@@ -10,11 +10,13 @@ snapshot stays as it was.
 import ctypes
 import mmap
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from spark_workers import system
 from spark_workers.failpoints import hit
 from spark_workers.messages import NeedSegment, Place, Segment, Snapshot, Start
 from spark_workers.scripts import graph
@@ -27,6 +29,8 @@ COPY_SECONDS_PER_BYTE = 1.9e-9  # into memory that is not there yet, measured
 OBJECT_SECONDS = 1.8e-6
 ESTIMATE_OBJECTS = 20_000
 MOST_SEGMENTS = 8
+WORTH_OWNING = 4 << 20
+OWN_AT_ONCE = 4 << 20
 
 RUNTIME = "\0runtime"  # the key of the runtime's own values in the same graph
 
@@ -57,6 +61,9 @@ def address_of(view: memoryview) -> int:
         ctypes.pythonapi.PyBuffer_Release(ctypes.byref(buffer))
 
 
+_madvise = ctypes.CDLL(None, use_errno=True).madvise
+_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_MADV_POPULATE_WRITE = 23
 _memcmp = ctypes.CDLL(None).memcmp
 _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
@@ -108,7 +115,8 @@ class Snapshots:
 
     def restore(self, start: Start, descriptors: Sequence[int]) -> graph.Load:
         """Return the values of the snapshot in *start*, on private memory."""
-        private, shared = {}, {}
+        private: dict[int, memoryview] = {}
+        shared: dict[int, memoryview] = {}
         for segment, descriptor in zip(start.segments, descriptors, strict=True):
             # Read from the descriptor itself: the supervisor may have put the snapshot into a file in place of memory.
             private[segment] = memoryview(mmap.mmap(descriptor, 0, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE))
@@ -121,6 +129,7 @@ class Snapshots:
             if views:  # the first part is the stream, which is never compared
                 self._kept[address_of(view), length] = kept
             views.append(view)
+        _own_pages_soon(list(private.values()))
         return graph.load(views[0], views[1:], start.meta["keys"], start.meta["offsets"])
 
     def _unchanged(self, buffers: Sequence[memoryview]) -> dict[int, _Kept]:
@@ -152,6 +161,27 @@ class Snapshots:
             hit("worker.mid_snapshot")
             places.append(_Kept((segment.segment, offset, buffer.nbytes), target))
         return places
+
+
+def _own_pages_soon(memories: list[memoryview]) -> None:
+    """Have the kernel copy the pages of private mappings ahead of the script, on another core.
+
+    The first step after a reload writes to most of its state, and each first write to a page is a fault that copies
+    it: for large models that took longer than all the rest of a reload. Contents do not change by this.
+    """
+    nbytes = sum(memory.nbytes for memory in memories)
+    if not system.LINUX or nbytes < WORTH_OWNING or system.available_memory() < 3 * nbytes or (os.cpu_count() or 1) < 2:
+        return
+    threading.Thread(target=_own_pages, args=(memories,), name="spark-pages", daemon=True).start()
+
+
+def _own_pages(memories: list[memoryview]) -> None:
+    for memory in memories:
+        address = address_of(memory)
+        for offset in range(0, memory.nbytes, OWN_AT_ONCE):
+            length = min(OWN_AT_ONCE, memory.nbytes - offset)
+            if _madvise(address + offset, length, _MADV_POPULATE_WRITE) != 0:
+                return  # an older kernel: the script's own writes do it
 
 
 class Schedule:
