@@ -9,6 +9,7 @@ import asyncio
 import mmap
 import os
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ from spark_runtime.supervise.store import RunFolder, StoredSnapshot
 from spark_workers.messages import Place, Snapshot, Start
 
 NEWEST, DISK = "newest", "disk"
+QUIET_SECONDS = 2.0  # after a large snapshot, which may be a reload's: the first steps of the new code come first
+LARGE = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +92,7 @@ class RunState:
 
     async def _make_spare(self, size: int) -> None:
         """Have pages ready for the next snapshot, so that a reload does not wait for the kernel to find them."""
+        await asyncio.sleep(QUIET_SECONDS)
         try:
             self._segments.add(await asyncio.to_thread(self._segments.make_spare, size))
         except OSError:
@@ -174,11 +178,15 @@ class _Writable:
         self._view.release()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False)
 class _Job:
     meta: dict[str, Any]
     parts: list[memoryview]
     done: Callable[[], None]
+
+    def __post_init__(self) -> None:
+        is_large = sum(part.nbytes for part in self.parts) > LARGE
+        self.due = time.monotonic() + (QUIET_SECONDS if is_large else 0.0)
 
 
 class DiskWriter:
@@ -222,6 +230,8 @@ class DiskWriter:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting is not None or self._aside or self._is_closing)
+                while self._waiting is not None and not self._is_closing and (left := self._time_left()) > 0:
+                    self._changed.wait(left)
                 job, self._waiting = self._waiting, None
                 aside, self._aside = self._aside, []
             if job is not None:
@@ -232,6 +242,9 @@ class DiskWriter:
                     self._guarded(self._folder.clear)
             if job is None and not aside:
                 return
+
+    def _time_left(self) -> float:
+        return self._waiting.due - time.monotonic() if self._waiting is not None and not self._aside else 0.0
 
     def _write(self, job: _Job) -> None:
         self._guarded(lambda: self._write_down(job))

@@ -21,6 +21,7 @@ import signal
 import socket
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -148,6 +149,7 @@ class Nursery:
                 reason = self._import(name)
                 if reason:
                     left_out[name] = reason
+        _disown_finalizers()
         gc.collect()
         gc.freeze()  # what is here now is shared with every worker: collecting it would copy the pages
         self._channel.send(NurseryReady(sorted(sys.modules), left_out))
@@ -336,6 +338,16 @@ def _spawn(entry: str, given: Descriptors) -> int:
     process = subprocess.Popen(command, pass_fds=given.all(), start_new_session=True, stdin=subprocess.DEVNULL)
     process.returncode = 0  # the nursery reaps it; Popen must not
     return process.pid
+
+
+def _disown_finalizers() -> None:
+    """Have finalizers of what is imported here run in no worker's exit.
+
+    Libraries register hundreds for their own bookkeeping (PyTorch for each of its operator libraries). In a forked
+    process, which ends all at once, they would do nothing but touch memory, and hold a reload up for 40 ms.
+    """
+    for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+        finalizer.atexit = False
 
 
 def _thread_count() -> int:

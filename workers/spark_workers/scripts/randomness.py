@@ -12,7 +12,7 @@ def reseed() -> None:
     if numpy is not None:
         numpy.random.seed()
     if torch is not None:
-        torch.seed()
+        torch.default_generator.seed()  # torch.seed() also sets up devices, which a fresh process seeds by itself
 
 
 def capture() -> dict[str, Any]:

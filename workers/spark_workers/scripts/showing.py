@@ -15,6 +15,7 @@ FLUSH_SECONDS = 1 / 30
 FLUSH_FACTOR = 100  # showing values costs the script at most a hundredth of its time
 MANY_MODULES = 20
 LONGEST_SECONDS = 1.0
+FIRST_IMPORTS_SECONDS = 0.3
 IMPORTS_SECONDS = 1.0
 MOST_POINTS = 100_000  # of a series between two flushes
 
@@ -31,7 +32,8 @@ class Display:
         self._series: list[list[Any]] = []
         self._next_flush = 0.0
         self._modules = self._files = 0
-        self._next_imports = 0.0
+        # Looking through all modules takes a while, which the first step after a reload should not wait for.
+        self._next_imports = time.monotonic() + FIRST_IMPORTS_SECONDS
 
     def enter(self, status: str) -> None:
         """Tell the supervisor what the script does now, if that changed."""

@@ -156,7 +156,7 @@ def forget_shadowed(roots: Sequence[str], tree: Tree) -> None:
             continue
         own = {entry.removesuffix(".py") for entry in entries if entry.endswith(".py")}
         own |= {entry for entry in entries if os.path.isfile(os.path.join(root, entry, "__init__.py"))}
-        for name in own & {each.partition(".")[0] for each in list(sys.modules)}:
+        for name in filter(sys.modules.__contains__, own):
             origin = getattr(sys.modules.get(name), "__file__", None)
             if (
                 name not in sys.stdlib_module_names
