@@ -22,6 +22,7 @@ class RunOptions:
 
     Attributes:
         script: The file.
+        program: The script's ``sys.argv[0]``: its path as it was given.
         arguments: The script's ``sys.argv[1:]``.
         watch: Reload when the file or a module of the user's that it imports is saved.
         poll: Look at the files from time to time; for file systems that do not tell of changes.
@@ -34,6 +35,7 @@ class RunOptions:
     """
 
     script: Path
+    program: str = ""
     arguments: tuple[str, ...] = ()
     watch: bool = True
     poll: bool = False

@@ -703,8 +703,8 @@ def test_a_fork_that_outlives_the_worker_does_not_hold_up_a_reload(tmp_path: Pat
     with running(write(tmp_path / "train.py", source)) as run:
         run.wait_printed("rate 1")
         run.save(source.replace("RATE = 1", "RATE = 2"))
+        run.wait_for("reload", seconds=5)
         run.wait_printed("rate 2")
-        assert run.wait_for("reload")["seconds"] < 5
         assert run.stop() == 0
 
 
@@ -857,8 +857,8 @@ def test_a_save_that_changes_only_comments_does_nothing(tmp_path: Path) -> None:
         run.save("# a remark\nVALUE  =  1  # another\n", tmp_path / "helper.py")
         run.save("# a remark\n" + source)
         run.save("VALUE = 2\n", tmp_path / "helper.py")
-        run.wait_printed("value 2\n")
         run.wait_for("reload")
+        run.wait_printed("value 2\n")
         assert run.printed() == "value 1\nvalue 2\n"
 
 

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import msgpack
@@ -130,7 +130,7 @@ def names(folder: Path) -> list[str]:
 
 def ticking() -> Callable[[], datetime]:
     """Return a clock that goes on by a second each time it is read."""
-    moments = iter(datetime(2030, 1, 1, tzinfo=timezone.utc) + timedelta(seconds=n) for n in range(10_000))
+    moments = iter(datetime(2030, 1, 1, tzinfo=UTC) + timedelta(seconds=n) for n in range(10_000))
     return lambda: next(moments)
 
 
@@ -560,7 +560,7 @@ def test_a_second_process_is_told_who_holds_the_folder_and_a_dead_one_frees_it(s
             StateFolder.open(script)
         busy = caught.value
         assert (busy.script, busy.pid, busy.run_id) == (script, child.pid, "first")
-        assert datetime.fromisoformat(busy.since or "") <= datetime.now(timezone.utc)
+        assert datetime.fromisoformat(busy.since or "") <= datetime.now(UTC)
         assert f"is already running (process {child.pid}, run first, since 2" in str(busy)
     finally:
         kill(child)
@@ -750,6 +750,7 @@ def test_the_record_names_run_process_and_step(run: RunFolder) -> None:
         "resumed": "",
         "status": "unfinished",
         "step": 41,
+        "cleared": False,
         "pid": os.getpid(),
     }
 

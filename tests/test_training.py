@@ -36,7 +36,8 @@ TRAINING = """
 
     def torch():
         pt.manual_seed(1) if not spark.has_persisted("model") else None
-        model = spark.persist("model", lambda: nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Dropout(0.1), nn.Linear(32, 4)))
+        layers = nn.Linear(16, 32), nn.Tanh(), nn.Dropout(0.1), nn.Linear(32, 4)
+        model = spark.persist("model", lambda: nn.Sequential(*layers))
         optimizer = spark.persist("optimizer", lambda: pt.optim.Adam(model.parameters(), lr=1e-2))
         schedule = spark.persist("schedule", lambda: pt.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 0.999**n))
         state = spark.persist("state", lambda: {"step": 0, "loss": 0.0, "edits": []})

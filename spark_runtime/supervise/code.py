@@ -129,6 +129,7 @@ def check_script(script: Path) -> tuple[Path, list[str]]:
         raise ScriptUnusable(f"{script} is not a regular file; give the path of a Python file")
     path = Path(os.path.abspath(script))
     check_names(path)
+    check_names(Path(os.path.realpath(path)))
     _check_text(path)
     notes = []
     if status.st_mode & stat.S_IWOTH:

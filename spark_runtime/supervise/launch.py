@@ -47,7 +47,7 @@ def launch(options: RunOptions, view: View) -> int:
     """
     script, notes = check_script(options.script)
     system.adopt_orphans()  # this process is the run's alone: whatever falls to it was started by the script
-    return asyncio.run(_launch(replace(options, script=script), view, notes))
+    return asyncio.run(_launch(replace(options, script=script, program=str(options.script)), view, notes))
 
 
 async def _launch(options: RunOptions, view: View, notes: list[str]) -> int:

@@ -55,7 +55,7 @@ class Run:
             self._course, self._code, watch=options.watch, poll=options.poll, on_trouble=self.picture.warn
         )
         reports = Reports(self._course, self._saves, self._preload, self._nurseries)
-        self._stage = Stage(self._course, self._nurseries, self._on_output, str(options.script), options.arguments)
+        self._stage = Stage(self._course, self._nurseries, self._on_output, options.program, options.arguments)
         self._waits = Waits(self._stage, self.picture)
         self._course.join(self._stage, self._saves, reports, self._waits)
         self.requests = Requests(self._course, self._code)

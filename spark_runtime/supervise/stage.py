@@ -56,7 +56,7 @@ class Stage:
         owner: StageOwner,
         nurseries: Nurseries,
         on_output: Callable[[Worker, str, bytes], None],
-        script: str,
+        program: str,
         arguments: Sequence[str],
     ) -> None:
         self.current: Cast | None = None
@@ -64,7 +64,7 @@ class Stage:
         self._owner = owner
         self._nurseries = nurseries
         self._on_output = on_output
-        self._script = script
+        self._program = program
         self._arguments = list(arguments)
         self._numbers = 0
 
@@ -75,8 +75,9 @@ class Stage:
         worker = Worker(self._numbers, self._nurseries, self._on_event, self._on_output)
         self.next = Cast(worker, version, saved_at, tries)
         sources = {str(path): source for path, source in version.sources.items()}
-        roots = list(dict.fromkeys([str(version.script.parent), os.getcwd()]))
-        worker.send(Load(self._script, module_name(version.script), self._arguments, sources, roots))
+        # As in plain Python, the folder of the file itself, not that of a link to it.
+        roots = list(dict.fromkeys([os.path.dirname(os.path.realpath(version.script)), os.getcwd()]))
+        worker.send(Load(self._program, module_name(version.script), self._arguments, sources, roots))
         return self.next
 
     def promote(self) -> Cast:

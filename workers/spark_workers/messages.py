@@ -106,13 +106,13 @@ class Exited(Message):
 
 @dataclass(frozen=True, slots=True)
 class Load(Message):
-    """Execute the top level of *script*. Answer: `Loaded` or `LoadFailed`.
+    """Execute the top level of a script. Answer: `Loaded` or `LoadFailed`. *program* is its ``sys.argv[0]``.
 
     *sources* maps paths to the bytes to execute for them, the script's own first; files of the user's tree
     (*roots*) that are not in it are read from disk.
     """
 
-    script: str
+    program: str
     module: str
     arguments: list[str]
     sources: dict[str, bytes]
@@ -363,10 +363,10 @@ def encode(message: Message) -> bytes:
         MessageBroken: A field holds something that msgpack cannot carry.
     """
     kind = type(message)
-    for name, fits in _SPECS[kind.__name__][1]:
-        if not fits(getattr(message, name)):
-            raise MessageBroken(f"{kind.__name__}.{name} cannot be {str(getattr(message, name))[:80]}")
     try:
+        for name, fits in _SPECS[kind.__name__][1]:
+            if not fits(getattr(message, name)):
+                raise MessageBroken(f"{kind.__name__}.{name} cannot be {type(getattr(message, name)).__name__}")
         packed: bytes = msgpack.packb([kind.__name__, *(getattr(message, name) for name in _GETTERS[kind])])
     except (TypeError, ValueError, OverflowError, RecursionError) as problem:
         raise MessageBroken(f"{kind.__name__} cannot be encoded: {problem}") from problem

@@ -63,6 +63,7 @@ class Session:
         self._keeper = Keeper(self.persisted, self.loops, self.exposed, inbox, send, self.display.note)
         # What was raised last; a context variable, because each asyncio task is told once.
         self._raised: ContextVar[SparkControl | None] = ContextVar("raised", default=None)
+        self._waits = False  # at a checkpoint, paused
         self._is_stale = False  # a reload was swallowed, and the script has gone on since its snapshot
         self._resumed: asyncio.Event | None = None
         self.persisted.is_open = False
@@ -194,8 +195,8 @@ class Session:
         """What the script is doing, as far as this side knows."""
         if self.asks.stop:
             return "stopping"
-        if self.asks.paused and self.display.status != "paused":
-            return "pausing"
+        if self.asks.paused:
+            return "paused" if self._waits else "pausing"
         return self.display.status
 
     def _turn_in_thread(self) -> "checkpoints.Turn":
@@ -251,8 +252,7 @@ class Session:
 
     def _pause(self) -> None:
         """Wait here until resumed, serving calls; stop and reload end it."""
-        self.flush(now=True)
-        self.display.enter("paused")
+        self._begin_wait()
         while self.asks.paused:
             arrived = self._inbox.take(IDLE_SECONDS)
             if arrived is not None:
@@ -262,11 +262,19 @@ class Session:
             self.flush()
             if self.asks.snapshot:
                 self.take_snapshot()
+        self._end_wait()
+
+    def _begin_wait(self) -> None:
+        self._waits = True
+        self.flush(now=True)
+        self.display.enter("paused")
+
+    def _end_wait(self) -> None:
+        self._waits = False
         self.display.enter("running")
 
     async def _paused_async(self) -> None:
-        self.flush(now=True)
-        self.display.enter("paused")
+        self._begin_wait()
         while self.asks.paused:
             self._resumed = self._resumed or asyncio.Event()
             self._resumed.clear()
@@ -277,4 +285,4 @@ class Session:
             self.deal()
             self._raise_if_asked()
             self.flush()
-        self.display.enter("running")
+        self._end_wait()

@@ -69,7 +69,7 @@ class ScriptWorker:
     def _prepare(self) -> None:
         """Make the process look to the script as plain Python would."""
         load = self._load
-        sys.argv = [load.script, *load.arguments]
+        sys.argv = [load.program, *load.arguments]
         sys.path.insert(0, load.roots[0])
         sys.modules["__main__"] = main_module  # what multiprocessing's children run in its place
         forget_shadowed(load.roots, self._tree)
