@@ -8,6 +8,7 @@ import enum
 import gc
 import pickle
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -334,7 +335,7 @@ def test_lambdas_local_functions_and_files_are_named() -> None:
     assert "it is defined inside a function" in refusal(local)[1]
     assert "it is defined inside a function" in refusal([Local()])[1]
     with open(__file__, encoding="utf-8") as file:
-        assert refusal(file)[1] == "cannot pickle '_io.TextIOWrapper' object"
+        assert re.fullmatch("cannot pickle '(_io.)?TextIOWrapper' (object|instances)", refusal(file)[1])
 
 
 def test_whatever_a_reduction_raises_drops_only_its_key() -> None:
@@ -421,6 +422,7 @@ def test_who_shares_memory_with_a_lost_value_is_lost_too() -> None:
     assert reasons["second"][1].startswith("shares memory with")
 
 
+@pytest.mark.skipif(sys.version_info[:2] == (3, 12), reason="Python 3.12 has a lower limit of its own, for C code")
 def test_a_nesting_of_a_thousand_comes_back() -> None:
     deep: list[Any] = []
     for _ in range(1000):
@@ -434,6 +436,7 @@ def test_a_nesting_of_a_thousand_comes_back() -> None:
 @pytest.mark.parametrize("kind", ["[deep]", "(deep,)", "{'a': deep}", "Link(deep)"])
 def test_no_depth_ends_the_interpreter_even_if_the_script_lifts_the_limit(kind: str) -> None:
     code = f"""
+import re
 import sys
 from spark_workers.scripts.graph import dump, load
 class Link:
