@@ -436,7 +436,6 @@ def test_a_nesting_of_a_thousand_comes_back() -> None:
 @pytest.mark.parametrize("kind", ["[deep]", "(deep,)", "{'a': deep}", "Link(deep)"])
 def test_no_depth_ends_the_interpreter_even_if_the_script_lifts_the_limit(kind: str) -> None:
     code = f"""
-import re
 import sys
 from spark_workers.scripts.graph import dump, load
 class Link:
