@@ -64,10 +64,9 @@ class Signal(Message):
 
 @dataclass(frozen=True, slots=True)
 class NurseryReady(Message):
-    """The imports are done: these *modules* are there now; *left_out* maps those that failed to the reason."""
+    """The imports are done: these *modules* are there now. Those that failed are the worker's to import and to show."""
 
     modules: list[str]
-    left_out: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)

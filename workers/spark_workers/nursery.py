@@ -143,32 +143,26 @@ class Nursery:
         message, _ = self._channel.receive()
         if not isinstance(message, Preload):
             raise EOFError(f"the first message was {type(message).__name__}, not Preload")
-        left_out: dict[str, str] = {}
         with blas.one_thread():
             for name in message.modules:
-                reason = self._import(name)
-                if reason:
-                    left_out[name] = reason
+                self._import(name)
         _disown_finalizers()
         gc.collect()
         gc.freeze()  # what is here now is shared with every worker: collecting it would copy the pages
-        self._channel.send(NurseryReady(sorted(sys.modules), left_out))
+        self._channel.send(NurseryReady(sorted(sys.modules)))
 
-    def _import(self, name: str) -> str:
-        """Import one module; return why it could not be."""
+    def _import(self, name: str) -> None:
+        """Import one module, if it can be."""
         if name in sys.modules:
-            return ""
+            return
         threads = _thread_count()
         try:
             importlib.import_module(name)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as problem:  # noqa: BLE001 - whatever a package's import does, the worker will see it again
-            return f"{type(problem).__name__}: {problem}"
+        except BaseException:  # noqa: BLE001 - whatever a package's import raises, the worker meets it again and shows it
+            return
         if _thread_count() > threads and not _children_live():
             self._channel.send(NurserySpoiled(name))
             raise EOFError(f"children hang after importing {name}")
-        return ""
 
     # --- workers ---
 
