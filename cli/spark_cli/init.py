@@ -13,6 +13,9 @@ from dataclasses import dataclass
 
 from spark_runtime import spark
 
+# With PyTorch write `from torch import nn, optim`, or `import torch as pt`: a plain `import torch` would share its name
+# with the function below.
+
 
 @dataclass
 class State:

@@ -146,7 +146,7 @@ class LiveView(PlainView):
             text.append(f"  {name} ", "dim")
             text.append(_short(value))
         if picture.error is not None:
-            text.append("  not loaded: see above", "red")
+            text.append("  see the error above", "red")
         return text
 
     def _help(self) -> None:
@@ -206,7 +206,10 @@ def _state_text(event: Event) -> str:
         "error": "in error; what is persisted is as of the last snapshot",
     }
     way = ways.get(event["state"], event["state"])
-    return f"{way} (checkpoint {event['checkpoints']})"
+    hint = (
+        "; waiting for the next save (r tries again, q quits)" if event["state"] == "error" and event["waits"] else ""
+    )
+    return f"{way} (checkpoint {event['checkpoints']}){hint}"
 
 
 def _job_text(event: Event) -> str:

@@ -84,7 +84,10 @@ class Course:
         """
         after = next_state(self.picture.state, event)
         if after != self.picture.state:
-            self.picture.enter(after, waits=not self._options.exit_when_called)
+            options = self._options
+            self.picture.enter(
+                after, waits=options.waits_for_save if after == "error" else not options.exit_when_called
+            )
             self._waits.entered(after)
         self._decide(after)
 
