@@ -153,8 +153,8 @@ def test_a_save_while_paused_is_loaded_and_stays_paused(script: Path) -> None:
         run.save(SCRIPT.replace("while True:", "while True"))
         run.wait_for("error", kind="syntax")
         run.save(named("second"))
-        run.wait_printed("begin second at more")
         run.wait_for("state", state="paused")
+        run.wait_printed("begin second at more")
         step = run.status()["values"]["state"]["step"]
         assert run.status()["values"]["state"]["step"] == step
         run.ctl("resume")

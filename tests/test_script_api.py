@@ -1644,8 +1644,8 @@ def test_a_reload_while_paused_loads_at_once_and_stays_paused(tmp_path: Path) ->
         run.wait_for("error", kind="load")
         assert client.request("status")["state"] == "paused"
         run.save(source.replace("RATE = 1", "RATE = 2"))
-        run.wait_printed("rate 2")
         run.wait_for("state", state="paused")
+        run.wait_printed("rate 2")
         client.request("resume")
         run.wait_for("state", state="running")
 

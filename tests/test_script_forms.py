@@ -559,8 +559,8 @@ POOL = """
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_children_find_the_script_s_classes_with_every_start_method(tmp_path: Path, method: str) -> None:
     with running(write(tmp_path / "train.py", POOL.replace("METHOD", method))) as run:
-        run.wait_printed("found [2, 4]\n")
         run.wait_for("state", state="idle")
+        run.wait_printed("found [2, 4]\n")
         assert json.loads(run.ctl("call", "go").stdout) == [2, 4]
         assert run.stop() == 0
     assert run.stderr == ""
@@ -569,14 +569,14 @@ def test_children_find_the_script_s_classes_with_every_start_method(tmp_path: Pa
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_a_child_runs_the_code_that_runs_though_the_file_is_broken(tmp_path: Path, method: str) -> None:
     with running(write(tmp_path / "train.py", POOL.replace("METHOD", method))) as run:
-        run.wait_printed("found [2, 4]\n")
         run.wait_for("state", state="idle")
+        run.wait_printed("found [2, 4]\n")
         run.save("this is no Python\n")
         run.wait_for("error", kind="syntax")
         assert json.loads(run.ctl("call", "go").stdout) == [2, 4]
         run.save(POOL.replace("METHOD", method).replace("VALUE = 1", "VALUE = 10"))
-        run.wait_printed("found [20, 40]\n")
         run.wait_for("state", state="idle")
+        run.wait_printed("found [20, 40]\n")
         assert json.loads(run.ctl("call", "go").stdout) == [20, 40]
 
 

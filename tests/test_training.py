@@ -28,6 +28,10 @@ TRAINING = """
         return hashlib.sha256(b"".join(v.detach().numpy().tobytes() for v in values)).hexdigest()[:16]
 
 
+    def fresh_model():
+        return nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Dropout(0.1), nn.Linear(32, 4))
+
+
     def gate(step):
         # Wait where the test wants to do something, so that chance decides nothing.
         while step in (60, 120, 180) and not os.path.exists(f"go-{step}"):
@@ -36,8 +40,7 @@ TRAINING = """
 
     def torch():
         pt.manual_seed(1) if not spark.has_persisted("model") else None
-        layers = nn.Linear(16, 32), nn.Tanh(), nn.Dropout(0.1), nn.Linear(32, 4)
-        model = spark.persist("model", lambda: nn.Sequential(*layers))
+        model = spark.persist("model", fresh_model)
         optimizer = spark.persist("optimizer", lambda: pt.optim.Adam(model.parameters(), lr=1e-2))
         schedule = spark.persist("schedule", lambda: pt.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 0.999**n))
         state = spark.persist("state", lambda: {"step": 0, "loss": 0.0, "edits": []})
@@ -130,7 +133,7 @@ def test_a_run_whose_every_process_was_killed_resumes_to_the_same_numbers(tmp_pa
         run.wait_for("exposed")  # the first checkpoint is passed
         _edit(run, TRAINING.replace("EDIT = 0", "EDIT = 1"), 60)
         _edit(run, TRAINING.replace("EDIT = 0", "EDIT = 2"), 120)
-        _wait_until_on_disk(tmp_path, 121)
+        _wait_until_on_disk(tmp_path, 62)
         family = [run.process.pid, *run.nurseries(), *run.workers()]
         for pid in family:
             os.kill(pid, signal.SIGKILL)
