@@ -57,9 +57,11 @@ class Course:
         self.interrupts = 0
         self._options = options
         self._code = code
+        self._fallback: Version | None = None  # what ran before, while nothing runs and newer code is being loaded
         self._then: Callable[[], None] | None = None  # in place of the usual, when the current worker is gone
         self._planned: set[Job] = set()
         self._failed_calls = 0
+        self._has_begun = False
         self._oom_kills = system.count_oom_kills()
 
     def join(self, stage: Stage, saves: Saves, reports: Reports, waits: Waits) -> None:
@@ -94,7 +96,8 @@ class Course:
     def end(self, code: int) -> None:
         """The run is over; where it was there for its calls, one that failed makes the code 1."""
         if not self.ended.done():
-            failed = self._options.exit_when_called and self._failed_calls > 0
+            unanswered = bool(self._planned) and not self.is_quitting
+            failed = self._options.exit_when_called and (unanswered or self._failed_calls > 0)
             self.ended.set_result(code or int(failed))
 
     def quit(self) -> None:
@@ -110,6 +113,7 @@ class Course:
         self.go("stop")
         self.stage.drop_next("stop was asked")
         self.timers.cancel("restart")
+        self.timers.cancel("load")
         if self.stage.current is None:
             self.go("halted")
         else:
@@ -145,16 +149,20 @@ class Course:
         """
         self.timers.cancel("restart")
         try:
-            cast = self.stage.load(version, saved_at)
+            self.stage.load(version, saved_at)
         except NurseryDied as problem:
             self._fail(str(problem))
             return
         limit = self._options.load_seconds
         if self.stage.current is not None:
-            self.timers.start("load", limit, lambda: cast.worker.kill(f"its top level took longer than {limit:g} s"))
+            self.timers.start("load", limit, lambda: self._give_up_loading(limit))
         else:
             text = "the script's top level is still running"
             self.timers.start("load", SLOW_START_SECONDS, lambda: self.picture.note(text))
+
+    def _give_up_loading(self, limit: float) -> None:
+        if self.stage.next is not None:
+            self.stage.next.worker.kill(f"its top level took longer than {limit:g} s")
 
     def on_ready(self, cast: Cast, loaded: m.Loaded) -> None:
         """The next worker has executed the script's top level: begin, or ask the current one to make room."""
@@ -178,15 +186,22 @@ class Course:
             return
         if self.is_quitting:
             self.end(0)
-        elif self.good is not None and self.picture.state == "reloading":
+        elif self._fallback is not None:
+            version, self._fallback = self._fallback, None  # once: if that cannot be loaded any more either, it failed
             self.picture.note("going on with the code from before")
-            self.load(self.good)
+            self.load(version)
         elif isinstance(why, Death) and not why.reason:
             self._restart_later(describe(why), cast.version)
         elif isinstance(why, m.LoadFailed) and why.unusable and not self._options.waits_for_save:
             self.end(2)
         else:
             self.go("failed")
+
+    def on_stayed(self) -> None:
+        """The worker cannot hand over its state and goes on, rather than lose it."""
+        self.stage.drop_next("the old code could not hand over its state")
+        self.timers.cancel("load")
+        self.go("stayed")
 
     def on_applied(self, cast: Cast) -> None:
         """The worker has passed its first checkpoint, or waits for calls: its code is good."""
@@ -198,9 +213,13 @@ class Course:
     def _begin(self) -> None:
         """Have the next worker run ``torch()`` from the newest snapshot."""
         cast = self.stage.promote()
+        self._fallback = None
         newest = self.state.newest
         self.picture.begin_worker(cast.version.number, newest.checkpoints if newest is not None else 0)
-        message, descriptors = self.state.start_message(cast.worker.number, paused=self.starts_paused)
+        message, descriptors = self.state.start_message(
+            cast.worker.number, paused=self.starts_paused, is_first=not self._has_begun
+        )
+        self._has_begun = True
         cast.worker.send(message, descriptors)
         for job in self.jobs.unfinished():
             cast.worker.send(job.message())
@@ -236,6 +255,7 @@ class Course:
     def replace(self, reason: str, then: Callable[[], None]) -> None:
         """Kill the worker that runs the script, then do *then*."""
         self.timers.cancel("restart")
+        self.timers.cancel("load")
         self.stage.drop_next(reason)
         if self.stage.current is None:
             then()
@@ -268,6 +288,8 @@ class Course:
             self.load(version)
         elif self.stage.next.is_loaded:
             self._begin()
+        else:
+            self._fallback = version
 
     def _on_crash(self, cast: Cast, death: Death) -> None:
         how = describe(death)

@@ -110,6 +110,10 @@ class Jobs:
         for job in self.unfinished():
             job.has_begun = False
 
+    def cancel(self, job: Job) -> None:
+        """Cancel a call that no worker has."""
+        self._fail(job, CallFailed("SparkCancelError", "cancelled before it began", ""))
+
     def fail_all(self, reason: str) -> None:
         """No worker will answer any more."""
         for job in self.unfinished():

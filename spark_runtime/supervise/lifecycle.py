@@ -8,8 +8,9 @@
                     └──> done
 
 Reports come from the worker (running, idle, paused), requests from people and programs (pause, resume, step, stop),
-the rest from the supervisor itself: *leave* (new code is ready and the old one is asked to go), *start* (a worker is
-about to run ``torch()``), *halted*, *finished*, *failed* (how it ended).
+the rest from the supervisor itself: *leave* (new code is ready and the old one is asked to go), *stayed* (it could not
+hand over its state and goes on), *start* (a worker is about to run ``torch()``), *halted*, *finished*, *failed* (how
+it ended).
 """
 
 from typing import Literal
@@ -18,7 +19,19 @@ from spark_runtime.errors import ProtocolViolated, RequestRefused
 
 State = Literal["starting", "running", "idle", "pausing", "paused", "reloading", "stopping", "stopped", "error", "done"]
 Event = Literal[
-    "running", "idle", "paused", "pause", "resume", "step", "stop", "leave", "start", "halted", "finished", "failed"
+    "running",
+    "idle",
+    "paused",
+    "pause",
+    "resume",
+    "step",
+    "stop",
+    "leave",
+    "stayed",
+    "start",
+    "halted",
+    "finished",
+    "failed",
 ]
 
 _ENDS: dict[Event, State] = {"halted": "stopped", "finished": "done", "failed": "error", "start": "starting"}
@@ -86,12 +99,14 @@ TABLE: dict[State, dict[Event, State]] = {
         "resume": "reloading",
         "stop": "stopping",
         "leave": "reloading",
+        "stayed": "running",
     },
     "stopping": {
         **_ENDS,
         "running": "stopping",
         "idle": "stopping",
         "paused": "stopping",
+        "stayed": "stopping",
         "stop": "stopping",
     },
     "stopped": {"start": "starting", "halted": "stopped", "failed": "error", "stop": "stopped"},
@@ -100,9 +115,6 @@ TABLE: dict[State, dict[Event, State]] = {
 }
 
 REQUESTS = frozenset({"pause", "resume", "step", "stop"})
-
-#: States in which a worker runs the script.
-LIVE = frozenset({"starting", "running", "idle", "pausing", "paused", "reloading", "stopping"})
 
 
 def next_state(state: State, event: Event) -> State:

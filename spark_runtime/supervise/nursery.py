@@ -185,12 +185,12 @@ class Nursery:
     def _closed(self, reason: str) -> None:
         """The nursery is gone. The kernel kills its workers; what they started in their sessions is left to us."""
         self._popen.poll()
+        self._on_lost(self)  # first: whoever hears of a lost worker may ask for another at once
         for number, process in list(self._processes.items()):
             process.kill()
             if process.pid is not None:
                 system.kill_session(process.pid)
             self._exited(number, LOST)
-        self._on_lost(self)
 
 
 class Nurseries:

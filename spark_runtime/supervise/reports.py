@@ -43,6 +43,7 @@ class Reports:
             m.Returned: lambda cast, event: jobs.returned(event),
             m.Raised: lambda cast, event: jobs.raised(event),
             m.Note: lambda cast, event: self._picture.note(event.text, event.level),
+            m.Stayed: lambda cast, event: course.on_stayed(),
             m.Unread: self._unread,
             m.Wish: self._wish,
             m.Here: self._here,
@@ -110,10 +111,11 @@ class Reports:
             elif event.what == "step":
                 self._course.go("step")
             elif event.what == "stop":
-                self._course.go("stop")
+                self._course.stop()
         except RequestRefused as problem:
             self._picture.note(f"the script's controller: {problem}")
-        self._course.starts_paused = event.what in ("pause", "step")
+        else:
+            self._course.starts_paused = event.what in ("pause", "step")
 
     def _here(self, cast: Cast, event: m.Here) -> None:
         self._course.answered()

@@ -45,8 +45,8 @@ class Requests:
 
     def step(self, count: int = 1) -> None:
         """Run *count* checkpoints, then pause."""
-        if not isinstance(count, int) or count < 1:
-            raise RequestRefused(f"cannot step {count!r} checkpoints: the number is at least 1")
+        if not isinstance(count, int) or not 1 <= count < 2**63:
+            raise RequestRefused(f"cannot step {count!r} checkpoints: give a number from 1 on")
         self._course.go("step")
         self._course.starts_paused = True
         self._tell(m.Ask("step", count))
@@ -60,7 +60,7 @@ class Requests:
         self._course.quit()
 
     def reload(self) -> None:
-        """Load the code again, as after a save."""
+        """Load the code again, as after a save; after a stop or an error this starts the script again."""
         if self._picture.state in ("stopping", "done"):
             raise RequestRefused(f"cannot reload: the run is {self._picture.state}")
         self._course.restarts.forgive()
@@ -103,11 +103,18 @@ class Requests:
 
     def cancel(self, job: str) -> None:
         """Cancel a call, at its next checkpoint if it has begun."""
-        self._course.jobs.find(job)
-        self._tell(m.CancelCall(job))
+        found = self._course.jobs.find(job)
+        if found.answer.done():
+            raise RequestRefused(f"cannot cancel {job}: it has ended")
+        if not found.has_begun and (self._course.stage.current is None or self._picture.state == "reloading"):
+            self._course.jobs.cancel(found)
+        else:
+            self._tell(m.CancelCall(job))
 
     def turn(self, control: str, value: Any) -> None:
         """Set a control of the script."""
+        if self._course.stage.current is None or self._picture.state in ("reloading", "stopping"):
+            raise RequestRefused(f"cannot set {control!r}: the run is {self._picture.state}")
         if control not in self._picture.controls:
             known = ", ".join(self._picture.controls) or "none"
             raise RequestRefused(f"there is no control {control!r}; there is {known}")
@@ -119,7 +126,10 @@ class Requests:
 
     def _tell(self, message: m.Message) -> None:
         if self._course.stage.current is not None:
-            self._course.stage.current.worker.send(message)
+            try:
+                self._course.stage.current.worker.send(message)
+            except m.MessageBroken as problem:
+                raise RequestRefused(f"it cannot be sent: {problem}") from problem
 
     def _replace(self, what: str, then: Any) -> None:
         if self._picture.state == "done":

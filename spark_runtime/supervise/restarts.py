@@ -31,4 +31,4 @@ class Restarts:
 
     def forgive(self) -> None:
         """New code, or somebody asked: begin counting anew."""
-        self._in_a_row = 0
+        self._in_a_row = self._furthest = 0

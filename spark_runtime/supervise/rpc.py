@@ -56,6 +56,9 @@ class RpcClient:
         except RpcProblem as problem:
             error = {"code": problem.code, "message": str(problem), **({"data": problem.data} if problem.data else {})}
             self._answer(request, {"error": error})
+        except Exception as problem:  # noqa: BLE001 - a request that we did not foresee must not end the run
+            text = f"{type(problem).__name__}: {problem}"
+            self._answer(request, {"error": {"code": INTERNAL, "message": text}})
         else:
             self._answer(request, {"result": result})
 

@@ -99,10 +99,6 @@ class Segments:
         """*holder* needs none of them any more."""
         self.hold(set(), holder)
 
-    def nbytes(self) -> int:
-        """How much memory all of them take."""
-        return sum(segment.size for segment in self._segments.values())
-
     def close(self) -> None:
         """Give all memory back."""
         for segment in self._segments.values():

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from spark_runtime.errors import NurseryDied
 from spark_runtime.supervise.code import Version
 from spark_runtime.supervise.nursery import Nurseries
-from spark_runtime.supervise.worker import Death, Event, Worker
+from spark_runtime.supervise.worker import Death, Event, Frozen, Worker
 from spark_workers.messages import Left, Load, Loaded, LoadFailed
 
 MOST_TRIES = 3
@@ -116,10 +117,20 @@ class Stage:
             cast.is_loaded = True
             self._owner.on_ready(cast, event)
         elif isinstance(event, Death) and cast.worker.pid is None and cast.tries < MOST_TRIES:
-            self.load(cast.version, cast.saved_at, cast.tries + 1)  # its nursery went down before it was there
+            self._load_again(cast, event)
         elif isinstance(event, (LoadFailed, Death)):
             self.next = None
             self._owner.on_unready(cast, event)
+        elif isinstance(event, Frozen) and event.stopped:
+            cast.worker.kill("it was stopped (SIGSTOP) while it was being loaded")
+
+    def _load_again(self, cast: Cast, death: Death) -> None:
+        """Its nursery went down before the worker was there: ask another one."""
+        self.next = None
+        try:
+            self.load(cast.version, cast.saved_at, cast.tries + 1)
+        except NurseryDied as problem:
+            self._owner.on_unready(cast, Death(death.status, str(problem)))
 
 
 def module_name(script: Path) -> str:

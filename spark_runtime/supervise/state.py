@@ -10,6 +10,7 @@ import mmap
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +54,7 @@ class RunState:
         self._loop = asyncio.get_running_loop()
         self._segments = segments
         self._spare: asyncio.Future[None] | None = None
+        self._spare_waits = False
         trouble = self._posted(on_trouble)
         self._writer = None if folder is None else DiskWriter(folder, trouble)
         self.folder = folder
@@ -92,7 +94,9 @@ class RunState:
 
     async def _make_spare(self, size: int) -> None:
         """Have pages ready for the next snapshot, so that a reload does not wait for the kernel to find them."""
+        self._spare_waits = True
         await asyncio.sleep(QUIET_SECONDS)
+        self._spare_waits = False
         try:
             self._segments.add(await asyncio.to_thread(self._segments.make_spare, size))
         except OSError:
@@ -111,14 +115,20 @@ class RunState:
         self.newest = Kept(dict(stored.meta), parts)
         self._segments.hold({segment.number}, NEWEST)
 
-    def start_message(self, worker: int, *, paused: bool) -> tuple[Start, list[int]]:
-        """Return what *worker* must be told to go on from the newest snapshot, and the memory to send along."""
+    def start_message(self, worker: int, *, paused: bool, is_first: bool) -> tuple[Start, list[int]]:
+        """Return what *worker* must be told to go on from the newest snapshot, and the memory to send along.
+
+        Args:
+            worker: Its number.
+            paused: It pauses at its first checkpoint.
+            is_first: It is this run's first worker: calls that a snapshot from disk was taken in are not repeated.
+        """
         if self.newest is None:
-            return Start(paused, {}, [], []), []
+            return Start(paused, is_first, {}, [], []), []
         numbers = sorted(self.newest.segments())
         self._segments.hold(set(numbers), f"reader {worker}", mapped=True)
         descriptors = [os.dup(self._segments[number].descriptor) for number in numbers]
-        return Start(paused, self.newest.meta, self.newest.parts, numbers), descriptors
+        return Start(paused, is_first, self.newest.meta, self.newest.parts, numbers), descriptors
 
     def forget_worker(self, worker: int) -> None:
         """*worker* and everything in its session is dead."""
@@ -140,7 +150,9 @@ class RunState:
     async def aclose(self) -> None:
         """Wait until the newest snapshot is on disk, then give the memory back."""
         if self._spare is not None:
-            await self._spare
+            if self._spare_waits:
+                self._spare.cancel()
+            await asyncio.gather(self._spare, return_exceptions=True)
         if self._writer is not None:
             await asyncio.to_thread(self._writer.close, finished=self.is_finished)
         self._segments.close()
@@ -189,14 +201,20 @@ class _Job:
         self.due = time.monotonic() + (QUIET_SECONDS if is_large else 0.0)
 
 
+@dataclass(frozen=True, slots=True)
+class _Aside:
+    reason: str
+    clear: bool
+
+
 class DiskWriter:
     """A thread that writes the latest snapshot. *on_trouble* and *done* are called on it: they must only post."""
 
     def __init__(self, folder: RunFolder, on_trouble: Callable[[str], None]) -> None:
         self._folder = folder
         self._on_trouble = on_trouble
-        self._waiting: _Job | None = None
-        self._aside: list[tuple[str, bool]] = []
+        # In order, because setting aside concerns the snapshots before it; of snapshots in a row the last is enough.
+        self._entries: deque[_Job | _Aside] = deque()
         self._is_failing = False
         self._is_closing = False
         self._changed = threading.Condition()
@@ -205,16 +223,19 @@ class DiskWriter:
 
     def put(self, meta: dict[str, Any], parts: list[memoryview], done: Callable[[], None]) -> None:
         """Write this snapshot next, in place of one that still waits."""
+        skipped = None
         with self._changed:
-            skipped, self._waiting = self._waiting, _Job(meta, parts, done)
+            if self._entries and isinstance(self._entries[-1], _Job):
+                skipped = self._entries.pop()
+            self._entries.append(_Job(meta, parts, done))
             self._changed.notify()
-        if skipped is not None:
+        if isinstance(skipped, _Job):
             skipped.done()
 
     def keep_aside(self, reason: str, *, clear: bool = False) -> None:
         """Keep the newest snapshot for good, once it is written; with *clear* it is no generation of the run then."""
         with self._changed:
-            self._aside.append((reason, clear))
+            self._entries.append(_Aside(reason, clear))
             self._changed.notify()
 
     def close(self, *, finished: bool) -> None:
@@ -227,28 +248,30 @@ class DiskWriter:
             self._guarded(self._folder.finish)
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._waiting is not None or self._aside or self._is_closing)
-                while self._waiting is not None and not self._is_closing and (left := self._time_left()) > 0:
-                    self._changed.wait(left)
-                job, self._waiting = self._waiting, None
-                aside, self._aside = self._aside, []
-            if job is not None:
-                self._write(job)
-            for reason, clear in aside:
-                self._guarded(lambda reason=reason: self._folder.keep_aside(reason))  # type: ignore[misc]
-                if clear:
-                    self._guarded(self._folder.clear)
-            if job is None and not aside:
-                return
+        while (entry := self._take()) is not None:
+            if isinstance(entry, _Job):
+                self._guarded(lambda job=entry: self._write_down(job))  # type: ignore[misc]
+                entry.done()
+            else:
+                self._guarded(lambda aside=entry: self._set_aside(aside))  # type: ignore[misc]
 
-    def _time_left(self) -> float:
-        return self._waiting.due - time.monotonic() if self._waiting is not None and not self._aside else 0.0
+    def _take(self) -> "_Job | _Aside | None":
+        """Wait for the next entry, and for its time; None when all is written and there will be no more."""
+        with self._changed:
+            while True:
+                self._changed.wait_for(lambda: self._entries or self._is_closing)
+                if not self._entries:
+                    return None
+                first = self._entries[0]
+                left = first.due - time.monotonic() if isinstance(first, _Job) and len(self._entries) == 1 else 0.0
+                if left <= 0 or self._is_closing:
+                    return self._entries.popleft()
+                self._changed.wait(left)
 
-    def _write(self, job: _Job) -> None:
-        self._guarded(lambda: self._write_down(job))
-        job.done()
+    def _set_aside(self, aside: _Aside) -> None:
+        self._folder.keep_aside(aside.reason)
+        if aside.clear:
+            self._folder.clear()
 
     def _write_down(self, job: _Job) -> None:
         self._folder.write(job.meta, job.parts)
@@ -260,9 +283,7 @@ class DiskWriter:
             write()
         except (OSError, StoreError) as problem:
             if not self._is_failing:
-                self._on_trouble(
-                    f"the state is not written to {self._folder.path} and is kept in memory only: {problem}"
-                )
+                self._on_trouble(f"the state is kept in memory only, not in {self._folder.path}: {problem}")
             self._is_failing = True
         else:
             if self._is_failing:

@@ -31,6 +31,7 @@ class Waits:
     def entered(self, state: State) -> None:
         """The run has come into *state*."""
         self._timers.cancel("where")
+        self._timers.cancel("answer")
         if state in ("pausing", "stopping", "reloading"):
             self._timers.start("where", WHERE_SECONDS, lambda: self._ask(state))
 

@@ -120,9 +120,14 @@ class Load(Message):
 
 @dataclass(frozen=True, slots=True)
 class Start(Message):
-    """Run ``torch()``. *parts* are places in the segments whose descriptors come along, the stream first."""
+    """Run ``torch()``.
+
+    *parts* are places in the segments whose descriptors come along, the stream first. With *is_first* no call that was
+    running when the snapshot was taken is repeated.
+    """
 
     paused: bool
+    is_first: bool
     meta: dict[str, Json]
     parts: list[Place]
     segments: list[int]
@@ -147,7 +152,7 @@ class CancelCall(Message):
 
 @dataclass(frozen=True, slots=True)
 class Ask(Message):
-    """Ask for something at the next checkpoint: pause, resume, stop, leave, snapshot, step with a *count*."""
+    """Ask for something at the next checkpoint: pause, resume, stop, leave, or step with a *count*."""
 
     what: str
     count: int = 0
@@ -199,14 +204,14 @@ class LoadFailed(Message):
 
 @dataclass(frozen=True, slots=True)
 class Entered(Message):
-    """The worker's own state changed: running, idle, paused, resumed."""
+    """The worker's own state changed: running, idle or paused."""
 
     state: str
 
 
 @dataclass(frozen=True, slots=True)
 class Flush(Message):
-    """What happened since the last flush: checkpoints passed in all, where the last was, values, series, notes."""
+    """Checkpoints passed in all, where the last was, values that changed, points of series, running loops."""
 
     checkpoints: int
     place: str
@@ -289,6 +294,11 @@ class Wish(Message):
 
 
 @dataclass(frozen=True, slots=True)
+class Stayed(Message):
+    """There was no room for the state, so the worker does not leave as it was asked to."""
+
+
+@dataclass(frozen=True, slots=True)
 class Unread(Message):
     """Persisted keys that the new code could not read, with the reasons. Their snapshot must be kept."""
 
@@ -297,7 +307,7 @@ class Unread(Message):
 
 @dataclass(frozen=True, slots=True)
 class Here(Message):
-    """Where the main thread is: the innermost line of the user's code, and whether it answered at all."""
+    """Where the main thread is: the innermost line of the user's code, empty if it is in none."""
 
     place: str
 

@@ -117,8 +117,7 @@ class Spark:
 
     def clear_persisted(self, key: str) -> None:
         """Forget the value under *key*; nothing happens if there is none."""
-        if key in self.persisted:
-            del self.persisted[key]
+        self.persisted.discard(key)
 
     def clear_all_persisted(self) -> None:
         """Forget every stored value."""

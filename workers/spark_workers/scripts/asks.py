@@ -12,13 +12,12 @@ class Asks:
     paused: bool = False
     stop: bool = False
     leave: bool = False
-    snapshot: bool = False
     steps: int | None = None  # checkpoints left before the next pause
     cancelled: set[str] = field(default_factory=set)
 
     def pending(self) -> bool:
         """Tell whether checkpoints must take the slow way."""
-        return self.paused or self.stop or self.leave or self.snapshot or self.steps is not None or bool(self.cancelled)
+        return self.paused or self.stop or self.leave or self.steps is not None or bool(self.cancelled)
 
     def take(self, what: str, count: int = 0) -> None:
         """Note one request."""
@@ -28,7 +27,7 @@ class Asks:
             self.paused, self.steps = False, None
         elif what == "step":
             self.paused, self.steps = False, count
-        elif what in ("stop", "leave", "snapshot"):
+        elif what in ("stop", "leave"):
             setattr(self, what, True)
         else:
             raise ValueError(f"a script cannot be asked to {what!r}")

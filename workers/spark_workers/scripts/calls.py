@@ -36,6 +36,7 @@ class Calls:
         self._send = send
         self._asks = asks
         self._waiting: deque[Call] = deque()
+        self._begun: set[str] = set()
         # Which call the code that asks belongs to; a context variable, because asyncio runs several side by side.
         self._running: ContextVar[_Running | None] = ContextVar("running", default=None)
 
@@ -50,7 +51,8 @@ class Calls:
                 self._waiting.remove(each)
                 self._send(Raised(call, "SparkCancelError", "cancelled before it began", ""))
                 return
-        self._asks.cancelled.add(call)
+        if call in self._begun:  # else it has ended meanwhile, and the flag would never be taken down
+            self._asks.cancelled.add(call)
 
     def current(self) -> str | None:
         """The call that the code which asks belongs to."""
@@ -100,6 +102,7 @@ class Calls:
     def _answering(self, call: Call) -> Iterator[None]:
         """Stand inside a call: its errors are answers, and its loops are its own."""
         self._send(Began(call.id))
+        self._begun.add(call.id)
         before = self._running.set(_Running(call.id, self._asks.paused))
         entered = self._loops.enter_call(call.id)
         is_finished = True
@@ -112,6 +115,7 @@ class Calls:
         finally:
             self._loops.leave_call(entered, finished=is_finished)
             self._running.reset(before)
+            self._begun.discard(call.id)
             self._asks.cancelled.discard(call.id)
 
     def _function(self, call: Call) -> Callable[..., Any]:

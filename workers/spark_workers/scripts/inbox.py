@@ -6,6 +6,7 @@ question where the script is gets an answer at once, because it is asked when no
 
 import os
 import queue
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -56,6 +57,8 @@ class Inbox:
         return message, descriptors
 
     def _read(self) -> None:
+        # Signals are the main thread's; taken here one could raise over there in the middle of a frame.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         try:
             while True:
                 message, descriptors = self._channel.receive()

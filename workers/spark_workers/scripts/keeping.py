@@ -55,7 +55,8 @@ class Keeper:
         load = self._snapshots.restore(start, descriptors)
         runtime: Any = load.values.pop(RUNTIME, {})
         unread = self._persisted.restore(load, runtime.get("versions", {}))
-        self._loops.positions.update(runtime.get("loops", {}))
+        positions = runtime.get("loops", {})
+        self._loops.restore(positions, with_calls=not start.is_first)
         self._exposed.turned.update(runtime.get("turned", {}))
         if unread:
             self._send(Unread(unread))
@@ -63,8 +64,13 @@ class Keeper:
             randomness.restore(runtime["random"])
         return int(start.meta.get("checkpoints", 0))
 
-    def take(self, checkpoints: int, *, last: bool = False) -> None:
-        """Hand the values to the supervisor; *last* tries those again that could not be kept before."""
+    def take(self, checkpoints: int, *, last: bool = False) -> bool:
+        """Hand the values to the supervisor; tell whether it had room for them.
+
+        Args:
+            checkpoints: How many the run has passed.
+            last: Try those values again that could not be kept before.
+        """
         began = time.monotonic()
         runtime = {
             "versions": self._persisted.versions,
@@ -77,7 +83,7 @@ class Keeper:
             dropped = self._snapshots.take({**values, RUNTIME: runtime}, {"checkpoints": checkpoints})
         except SnapshotRefused as problem:
             self._note(f"{problem}; the state from before is kept", "warning")
-            dropped = ()
+            return False
         self._taken = time.monotonic()
         self._cost = self._taken - began
         self._tell_interval()
@@ -86,6 +92,7 @@ class Keeper:
                 text = f"{each.path} is not kept over a reload ({each.reason}): its initializer makes it anew"
                 self._note(text, "warning")
             self._dropped[each.key] = self._persisted.content().get(each.key)
+        return True
 
     def _tell_interval(self) -> None:
         before = self._schedule.interval

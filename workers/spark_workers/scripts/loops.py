@@ -9,7 +9,7 @@ to its next item the positions inside it are forgotten, and a call of an exposed
 
 import itertools
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextvars import ContextVar, Token
 from typing import Any, Generic, TypeVar
 
@@ -136,6 +136,11 @@ class Loops:
         self.ascend(*entered)
         if finished:
             self.forget(entered[0].path)
+
+    def restore(self, positions: Mapping[str, int], *, with_calls: bool) -> None:
+        """Take over the positions of a snapshot; those inside calls only where the calls are repeated."""
+        kept = {path: item for path, item in positions.items() if with_calls or path.startswith("main@")}
+        self.positions.update(kept)
 
     def finish_main(self) -> None:
         """``torch()`` returned: another run of it begins its loops from the start."""

@@ -70,7 +70,7 @@ class Persisted(MutableMapping[str, Any]):
 
     def __delitem__(self, key: str) -> None:
         del self._values[key]
-        self.versions.pop(key, None)
+        self.discard(key)
 
     def __contains__(self, key: object) -> bool:
         return key in self._values
@@ -84,7 +84,14 @@ class Persisted(MutableMapping[str, Any]):
     def clear(self) -> None:
         """Forget every value."""
         self._values.clear()
+        self._aside.clear()
         self.versions.clear()
+
+    def discard(self, key: str) -> None:
+        """Forget a value, one that could not be read included; nothing happens if there is none."""
+        self._values.pop(key, None)
+        self._aside.pop(key, None)
+        self.versions.pop(key, None)
 
     def content(self) -> dict[str, Any]:
         """Return all values for a snapshot: unfinished ones and those set aside included."""

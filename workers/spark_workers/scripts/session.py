@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from contextvars import ContextVar
 
-from spark_workers.messages import Ask, Call, CancelCall, Message, Start, Turn, Wish
+from spark_workers.messages import Ask, Call, CancelCall, Message, Start, Stayed, Turn, Wish
 from spark_workers.scripts import checkpoint as checkpoints
 from spark_workers.scripts.asks import Asks
 from spark_workers.scripts.asynchronous import AsyncHost, in_event_loop
@@ -65,7 +65,7 @@ class Session:
         self._raised: ContextVar[SparkControl | None] = ContextVar("raised", default=None)
         self._waits = False  # at a checkpoint, paused
         self._is_stale = False  # a reload was swallowed, and the script has gone on since its snapshot
-        self._resumed: asyncio.Event | None = None
+        self._waiters: set[asyncio.Event] = set()  # asyncio's tasks that wait while paused
         self.persisted.is_open = False
 
     # --- life ---
@@ -122,7 +122,7 @@ class Session:
         if self.calls.has_waiting() and self.wants_to_idle():
             self.display.enter("paused" if self.asks.paused else "running")
             self.calls.serve()
-        if self.asks.snapshot or self._keeper.is_due():
+        if self._keeper.is_due():
             self.take_snapshot()
         self.flush()
 
@@ -166,7 +166,7 @@ class Session:
         if self.calls.has_waiting() and not in_event_loop():
             self.calls.serve()
         self.flush()
-        if self.asks.snapshot or self._keeper.is_due():
+        if self._keeper.is_due():
             self.take_snapshot()
         return checkpoints.DONE
 
@@ -181,7 +181,6 @@ class Session:
 
     def take_snapshot(self, *, last: bool = False) -> None:
         """Hand the persisted values to the supervisor."""
-        self.asks.snapshot = False
         self._keeper.take(self.passed(), last=last)
 
     def wish(self, wish: Wish) -> None:
@@ -215,8 +214,9 @@ class Session:
         with self._dealing:
             if isinstance(message, Ask):
                 self.asks.take(message.what, message.count)
-                if self._resumed is not None and not self.asks.paused:
-                    self._resumed.set()
+                self.display.forget_status()
+                for waiter in self._waiters:
+                    waiter.set()
             elif isinstance(message, Call):
                 self.calls.add(message)
             elif isinstance(message, CancelCall):
@@ -240,13 +240,21 @@ class Session:
         again = before is not None and type(before) is type(signal)
         if before is not None and again and not self._is_stale:
             self.display.note(f"{type(signal).__name__} was swallowed by {describe_handler(before)}", "warning")
-        if self.asks.leave or self.asks.stop:
+        if isinstance(signal, (SparkReloadError, SparkStopError)) and threading.get_ident() == self._main:
             # A script that swallows the signal raises it at every step; that must not mean a snapshot at every step.
             self._is_stale = again and not self._keeper.can_afford()
-            if not self._is_stale:
-                self.take_snapshot(last=not again)
+            is_kept = self._is_stale or self._keeper.take(self.passed(), last=not again)
+            if not is_kept and isinstance(signal, SparkReloadError):
+                self._stay()
+                return
         self._raised.set(signal)
         raise signal
+
+    def _stay(self) -> None:
+        """There is no room for the state: go on with the old code rather than lose what it has done."""
+        self.asks.leave = False
+        self._raised.set(None)
+        self._send(Stayed())
 
     # --- pause ---
 
@@ -260,8 +268,6 @@ class Session:
             self._raise_if_asked()
             self.calls.serve()
             self.flush()
-            if self.asks.snapshot:
-                self.take_snapshot()
         self._end_wait()
 
     def _begin_wait(self) -> None:
@@ -275,14 +281,18 @@ class Session:
 
     async def _paused_async(self) -> None:
         self._begin_wait()
-        while self.asks.paused:
-            self._resumed = self._resumed or asyncio.Event()
-            self._resumed.clear()
-            try:
-                await asyncio.wait_for(self._resumed.wait(), IDLE_SECONDS)
-            except asyncio.TimeoutError:
-                pass  # look again: a stop or a reload also ends a pause
-            self.deal()
-            self._raise_if_asked()
-            self.flush()
+        waiter = asyncio.Event()
+        self._waiters.add(waiter)
+        try:
+            while self.asks.paused:
+                waiter.clear()
+                try:
+                    await asyncio.wait_for(waiter.wait(), IDLE_SECONDS)
+                except asyncio.TimeoutError:
+                    pass  # look again: a stop or a reload also ends a pause
+                self.deal()
+                self._raise_if_asked()
+                self.flush()
+        finally:
+            self._waiters.discard(waiter)
         self._end_wait()

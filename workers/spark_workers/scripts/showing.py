@@ -25,6 +25,8 @@ class Display:
 
     def __init__(self, exposed: ExposedNames, loops: Loops, tree: Tree, send: Callable[[Message], None]) -> None:
         self.status = "starting"
+        self.has_flushed = False
+        self._told = ""
         self._exposed = exposed
         self._loops = loops
         self._tree = tree
@@ -37,9 +39,14 @@ class Display:
 
     def enter(self, status: str) -> None:
         """Tell the supervisor what the script does now, if that changed."""
-        if status != self.status:
-            self.status = status
+        self.status = status
+        if status != self._told:
+            self._told = status
             self._send(Entered(status))
+
+    def forget_status(self) -> None:
+        """Something was asked, and the supervisor thinks of another state: tell the next one even if it is the same."""
+        self._told = ""
 
     def note(self, text: str, level: str = "info") -> None:
         """Tell the user something, in the runtime's name."""
@@ -59,6 +66,7 @@ class Display:
             self._send(Exposed(*self._exposed.describe()))
         worked = time.thread_time()
         series, self._series = self._series, []
+        self.has_flushed = True
         self._send(Flush(checkpoints, self._place(), self._exposed.changes(), series, self._loops.progress()))
         for stream in (sys.stdout, sys.stderr):
             stream.flush()

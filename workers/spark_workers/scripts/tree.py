@@ -143,9 +143,6 @@ class OwnLoader(importlib.machinery.SourceFileLoader):
         path = self.get_filename(fullname)
         return self._compiler(self._tree.read(path), path)
 
-    def get_data(self, path: Any) -> bytes:
-        return super().get_data(path)
-
 
 def forget_shadowed(roots: Sequence[str], tree: Tree) -> None:
     """Drop preloaded modules that the user's own files of the same name would hide in plain Python."""

@@ -110,7 +110,9 @@ class ScriptWorker:
         if os.getpid() != self._pid:  # a fork of the script's own came to its end: the run is not over
             return self._end(left.status, patient=True)
         try:
-            self._session.flush(now=True)
+            # Code that raised before its first checkpoint has shown nothing, and must not look as if it had worked.
+            if left.reason != "error" or self._session.display.has_flushed:
+                self._session.flush(now=True)
         finally:
             self._channel.send(left)
         return self._end(left.status, patient=left.reason in ("done", "exit", "stopped"))
