@@ -2,10 +2,12 @@
 
 import os
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
-from harness import RunProcess, running, write
+from harness import SECONDS, RunProcess, running, write
 
 SCRIPT = """
     import time
@@ -292,3 +294,70 @@ def test_a_moved_folder_of_bytecode_is_never_made(script: Path) -> None:
         assert run.stop() == 0
     assert not (script.parent / "__pycache__").exists()
     shutil.rmtree(script.parent / ".spark")
+
+
+def test_without_room_for_the_state_the_old_code_goes_on(script: Path) -> None:
+    with running(script, SPARKRT_FAIL="state.segment@2:enospc") as run:
+        run.wait_for("snapshot")  # the first; the second is the reload's
+        run.save(named("second"))
+        run.wait_for("state", state="reloading")
+        run.wait_for("note", level="warning", text=lambda text: "no room for a snapshot" in text)
+        run.wait_for("state", state="running")
+        assert "begin second" not in run.printed()
+        run.save(named("third"))
+        run.wait_printed("begin third at more")
+        assert run.stop() == 0
+
+
+def test_a_crash_while_broken_code_is_loaded_goes_on_with_the_old_code(script: Path) -> None:
+    slow = "import os, time\n    while not os.path.exists('go'): time.sleep(0.01)\n    raise ValueError('broken')"
+    with running(script) as run:
+        run.wait_for("snapshot")
+        (worker,) = run.workers()
+        run.save(named("broken").replace("import time", slow, 1))
+        run.wait_for("saved")
+        os.kill(worker, signal.SIGKILL)
+        run.wait_for("error", kind="worker")
+        (script.parent / "go").touch()
+        run.wait_for("error", kind="load")
+        run.wait_for("note", text="going on with the code from before")
+        run.wait_for("state", state="running")
+        assert run.stop() == 0
+        assert run.printed().splitlines()[-1] == "begin first at more"
+
+
+def test_code_that_raises_before_its_first_checkpoint_is_not_taken_for_good(script: Path) -> None:
+    with running(script) as run:
+        run.wait_printed("begin first")
+        run.save(named("broken").replace("print(", "raise ValueError('first line'); print("))
+        run.wait_for("error", kind="script")
+        assert run.wait_end() == 1
+        assert not run.all_events("reload")
+
+
+def test_a_nursery_that_is_killed_at_once_is_replaced(script: Path) -> None:
+    with running(script) as run:
+        limit = time.monotonic() + SECONDS
+        while not (nurseries := run.nurseries()):
+            assert time.monotonic() < limit
+        os.kill(nurseries[0], signal.SIGKILL)
+        run.wait_printed("begin first")
+        assert run.stop() == 0
+
+
+def test_calls_that_were_never_served_make_the_exit_code_1(script: Path) -> None:
+    write(script, "def torch():\n    spark.checkpoint()\n")
+    with running(script, "--exit", "--call", "missing") as run:
+        assert run.wait_end() == 1
+
+
+def test_numbers_that_cannot_be_sent_are_refused(script: Path) -> None:
+    write(script, SCRIPT.replace("spark.checkpoint()", "spark.checkpoint(); spark.control('n', 1)"))
+    with running(script) as run:
+        run.wait_for("exposed", controls=lambda shown: "n" in shown)
+        for words in (("step", "1" + "0" * 30), ("set", "n", "1" + "0" * 30), ("call", "f", "[1" + "0" * 30 + "]")):
+            refused = run.ctl(*words, check=False)
+            assert refused.returncode != 0
+            assert "Traceback" not in refused.stderr
+        assert run.status()["state"] == "running"
+        assert run.stop() == 0

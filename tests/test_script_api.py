@@ -936,7 +936,7 @@ def test_the_controller_pauses_steps_and_stops_from_inside(tmp_path: Path) -> No
     """
     with talking(write(tmp_path / "train.py", source)) as (run, client):
         run.wait_for("state", state="paused")
-        assert lines(run) == ["status running", "status pausing"]
+        run.wait_printed("status running\nstatus pausing\n")
         assert client.request("status")["values"]["ctrl"]["status"] == "paused"
         client.request("resume")
         run.wait_for("state", state="paused")

@@ -18,6 +18,7 @@ from typing import Any
 from spark_runtime.errors import StoreError
 from spark_runtime.supervise.segments import OwnedSegment, Segments
 from spark_runtime.supervise.store import RunFolder, StoredSnapshot
+from spark_workers.failpoints import hit
 from spark_workers.messages import Place, Snapshot, Start
 
 NEWEST, DISK = "newest", "disk"
@@ -67,6 +68,7 @@ class RunState:
         Raises:
             OSError: There is no room.
         """
+        hit("state.segment")
         return self._segments.take(size, f"writer {worker}")
 
     def commit(self, worker: int, snapshot: Snapshot) -> Kept:

@@ -364,7 +364,6 @@ def test_what_the_other_side_could_not_read_is_refused_before_it_is_sent(value: 
         (["stop"], False, True),
         (["stop", "resume"], False, True),
         (["leave", "pause"], True, True),
-        (["snapshot"], False, True),
     ],
 )
 def test_requests_leave_these_flags(asked: list[str], paused: bool, pending: bool) -> None:
