@@ -128,7 +128,7 @@ def test_last_words_before_a_sudden_exit_arrive(tmp_path: Path) -> None:
 
         def torch():
             print("a whole line")
-            print("an unfinished one", end="")
+            print("an unfinished one", end="", flush=True)
             print("on stderr", file=sys.stderr)
             os._exit(3)
     """
