@@ -1667,7 +1667,7 @@ def test_a_reload_saved_before_the_first_checkpoint_is_told_when_it_has_happened
         (tmp_path / "go").touch()
         told = run.wait_for("reload")
         assert told["version"] == 2
-        assert "rate 2" in run.printed()
+        run.wait_printed("rate 2")
 
 
 # --- as in plain Python ----------------------------------------------------------------------------------------------

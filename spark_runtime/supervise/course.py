@@ -191,7 +191,7 @@ class Course:
             self.picture.note("going on with the code from before")
             self.load(version)
         elif isinstance(why, Death) and not why.reason:
-            self._restart_later(describe(why), cast.version)
+            self._restart_later(describe(why), cast)
         elif isinstance(why, m.LoadFailed) and why.unusable and not self._options.waits_for_save:
             self.end(2)
         else:
@@ -305,10 +305,10 @@ class Course:
             self.go("start")
             self._go_on(cast.version)
         else:
-            self._restart_later(how, cast.version)
+            self._restart_later(how, cast)
 
-    def _restart_later(self, how: str, version: Version) -> None:
-        delay = self.restarts.died(self.picture.checkpoints, self.picture.stride)
+    def _restart_later(self, how: str, cast: Cast) -> None:
+        delay = self.restarts.died(self.picture.checkpoints, self.picture.stride, has_kept=cast.has_kept)
         if delay is None:
             self._fail(f"given up after several deaths in a row without progress; the last worker {how}")
             return
@@ -316,7 +316,7 @@ class Course:
         source = f"from the snapshot at checkpoint {newest.checkpoints}" if newest else "from the beginning"
         self.picture.note(f"starting again {source} in {delay:.1f} s")
         self.go("start")
-        self.timers.start("restart", delay, lambda: self.load(version))
+        self.timers.start("restart", delay, lambda: self.load(cast.version))
 
     def _fail(self, text: str) -> None:
         self.picture.fail("worker", text + "\n", str(self._options.script), 0)

@@ -93,6 +93,7 @@ class Reports:
 
     def _snapshot(self, cast: Cast, event: m.Snapshot) -> None:
         kept = self._state.commit(cast.worker.number, event)
+        cast.has_kept = True
         self._picture.checkpoints = max(self._picture.checkpoints, kept.checkpoints)
         seconds = round(event.seconds, 4)
         self._picture.publish("snapshot", checkpoints=kept.checkpoints, bytes=kept.nbytes, seconds=seconds)

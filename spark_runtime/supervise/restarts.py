@@ -15,12 +15,13 @@ class Restarts:
         self._in_a_row = 0
         self._furthest = 0
 
-    def died(self, checkpoints: int, slack: int = 0) -> float | None:
+    def died(self, checkpoints: int, slack: int = 0, *, has_kept: bool = True) -> float | None:
         """A worker died after so many *checkpoints* of the run; return seconds to wait, or None to park.
 
-        Where exactly it died is known only as of its last words, so getting *slack* further is no progress yet.
+        Where exactly it died is known only as of its last words, so getting *slack* further is no progress yet; nor is
+        what a worker did that died before it had *kept* a snapshot, because the next one has it to do again.
         """
-        if checkpoints > self._furthest + slack:
+        if has_kept and checkpoints > self._furthest + slack:
             self._furthest = checkpoints
             self._in_a_row = 0
         self._in_a_row += 1

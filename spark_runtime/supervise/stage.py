@@ -30,6 +30,7 @@ class Cast:
     tries: int = 1  # how many nurseries were asked for it
     is_loaded: bool = False
     has_run: bool = False  # it has passed a checkpoint
+    has_kept: bool = False  # it has handed over a snapshot
     left: Left | None = None
 
 
