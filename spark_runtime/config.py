@@ -1,10 +1,17 @@
-"""What a run is told, once, by the command line or a program."""
+"""What a run or a model is told, once, by the command line or a program."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from spark_runtime.errors import BadRequestError
+
 LOAD_SECONDS = 30.0
+MODEL_KINDS = ("auto", "plain", "command", "reactor")
+ENGINES = ("wasmtime", "wasmer")
+INTERRUPTS = ("kill", "epoch")
+GIB = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,3 +52,94 @@ class RunOptions:
     resume_from: str | None = None
     waits_for_save: bool = False
     load_seconds: float = LOAD_SECONDS
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A WASM model and how to run it.
+
+    Attributes:
+        name: What calls name it by.
+        path: The ``.wasm`` file.
+        replicas: Worker processes, each with an instance of its own.
+        keep: Never unload it to make room for others.
+        kind: ``"plain"`` (exports ``execute`` and ``alloc`` or ``malloc``), ``"command"`` (WASI, JSON on its standard
+            input and output), ``"reactor"`` (WASI, exports as plain); ``"auto"`` looks.
+        engine: ``"wasmtime"`` or ``"wasmer"``.
+        python: The interpreter that replicas run under; needed for wasmer only.
+        args: A WASI command's arguments, after its own name.
+        env: A WASI model's environment variables. It sees none but these.
+        memory_limit: Bytes of linear memory an instance may have.
+        stack_limit: Bytes of stack, 1 MiB at most.
+        table_limit: Elements of a table.
+        interrupt: How running calls are stopped: ``"kill"`` replaces the process, in milliseconds; ``"epoch"``
+            interrupts the guest, for instances that are dear to rebuild, and costs up to a third of its speed.
+        fresh: A new instance for every call.
+        retries: How often a call whose replica died is begun again. 0: never run twice.
+        watch: Replace the replicas when the file changes.
+        timeout: Seconds a call may take, from submit; None for the `Spark`'s own.
+        entry: The export that takes requests.
+    """
+
+    name: str
+    path: str | Path
+    replicas: int = 1
+    keep: bool = False
+    kind: str = "auto"
+    engine: str = "wasmtime"
+    python: str | None = None
+    args: Sequence[str] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+    memory_limit: int = 2 * GIB
+    stack_limit: int = 512 * 1024
+    table_limit: int = 1_000_000
+    interrupt: str = "kill"
+    fresh: bool = False
+    retries: int = 0
+    watch: bool = False
+    timeout: float | None = None
+    entry: str = "execute"
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant.
+
+        Raises:
+            BadRequestError: A field has a value that makes no sense; the message names it.
+        """
+        if not self.name or not isinstance(self.name, str):
+            raise BadRequestError("a model needs a name, a text that is not empty")
+        for name, value, allowed in (
+            ("kind", self.kind, MODEL_KINDS),
+            ("engine", self.engine, ENGINES),
+            ("interrupt", self.interrupt, INTERRUPTS),
+        ):
+            if value not in allowed:
+                raise BadRequestError(f"model {self.name!r}: {name} is {value!r}, not one of {', '.join(allowed)}")
+        for name, number, least, most in (
+            ("replicas", self.replicas, 1, 1024),
+            ("memory_limit", self.memory_limit, 64 * 1024, 4 * GIB),
+            ("stack_limit", self.stack_limit, 16 * 1024, 1024 * 1024),
+            ("table_limit", self.table_limit, 1, 100_000_000),
+            ("retries", self.retries, 0, 100),
+        ):
+            if isinstance(number, bool) or not isinstance(number, int) or not least <= number <= most:
+                raise BadRequestError(f"model {self.name!r}: {name} is {number!r}, not between {least} and {most}")
+        if self.timeout is not None and not self.timeout > 0:
+            raise BadRequestError(f"model {self.name!r}: timeout is {self.timeout!r}, not a number of seconds above 0")
+        if isinstance(self.args, str) or not all(isinstance(each, str) for each in self.args):
+            raise BadRequestError(f"model {self.name!r}: args is {self.args!r}, not a list of texts")
+        if self.engine == "wasmer" and self.interrupt == "epoch":
+            raise BadRequestError(f"model {self.name!r}: wasmer cannot interrupt a guest; use interrupt='kill'")
+
+    def settings(self) -> dict[str, Any]:
+        """Return what the worker is told, as plain data: `spark_workers.engines.seam.Settings`."""
+        return {
+            "args": list(self.args),
+            "env": dict(self.env),
+            "memory_limit": self.memory_limit,
+            "stack_limit": self.stack_limit,
+            "table_limit": self.table_limit,
+            "epochs": self.interrupt == "epoch",
+            "fresh": self.fresh,
+            "entry": self.entry,
+        }

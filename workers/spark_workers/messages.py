@@ -323,6 +323,101 @@ class Left(Message):
     line: int
 
 
+# --- supervisor to compile worker ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Compile(Message):
+    """Look at a WASM module and compile it with *engine*. Answer: `Compiled` or `Refused`.
+
+    Descriptors: the module to read, and the empty file that takes the machine code. *settings* is `Settings` of
+    `spark_workers.engines.seam`, as a dict. *limits*: seconds of processor time and bytes of memory, 0 for none.
+    """
+
+    engine: str
+    settings: dict[str, Json]
+    limits: list[int]
+
+
+# --- compile worker to supervisor ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled(Message):
+    """The machine code is written. *report* says what the module is, imports and exports."""
+
+    report: dict[str, Json]
+
+
+@dataclass(frozen=True, slots=True)
+class Refused(Message):
+    """A model cannot be compiled or loaded. *kind* is one of `spark_workers.hosts.failures.KINDS`."""
+
+    kind: str
+    message: str
+    details: dict[str, Json]
+
+
+# --- supervisor to replica -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Host(Message):
+    """Load a prepared model. Answer: `Hosted` or `Refused`. *code* is the path of the machine code."""
+
+    engine: str
+    kind: str
+    code: str
+    settings: dict[str, Json]
+
+
+@dataclass(frozen=True, slots=True)
+class Work(Message):
+    """Calls to run in this order, each ``[serial, function, payload]``.
+
+    With an empty *function* the payload is a request, bytes in and bytes out. Otherwise the export of that name is
+    called with the numbers in the payload, a msgpack list; the answer is a msgpack list too.
+    """
+
+    calls: list[list[Json]]
+
+
+# --- replica to supervisor -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Hosted(Message):
+    """The model is loaded and its first instance stands."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answered(Message):
+    """Call *serial* gave *answer*, after *seconds* in the guest."""
+
+    serial: int
+    answer: bytes
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Failed(Message):
+    """Call *serial* failed. *kind* is one of `spark_workers.hosts.failures.KINDS`."""
+
+    serial: int
+    kind: str
+    message: str
+    details: dict[str, Json]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Printed(Message):
+    """What the model wrote to its standard output and error beside its answer, during call *serial*."""
+
+    serial: int
+    text: str
+
+
 # --- the wire --------------------------------------------------------------------------------------------------------
 
 _PLAIN: dict[object, tuple[type, ...]] = {int: (int,), float: (float, int), str: (str,), bytes: (bytes,), bool: (bool,)}
