@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from harness import children, lives, running, write
 
-from spark_runtime.supervise.nursery import LOST, Nurseries, Process
+from spark_runtime.processes.nursery import LOST, Process
+from spark_runtime.supervise.nurseries import Nurseries
 
 ENTRY = "nursery_work:start"  # written by the fixture below, found through PYTHONPATH
 

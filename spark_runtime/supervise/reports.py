@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from spark_runtime.errors import ProtocolViolated, RequestRefused
-from spark_runtime.supervise.nursery import Nurseries
+from spark_runtime.supervise.nurseries import Nurseries
 from spark_runtime.supervise.preload import PreloadList
 from spark_runtime.supervise.saves import Saves
 from spark_runtime.supervise.stage import Cast

@@ -22,7 +22,7 @@ from spark_runtime.config import RunOptions
 from spark_runtime.supervise.code import Code
 from spark_runtime.supervise.course import Course
 from spark_runtime.supervise.jobs import Jobs
-from spark_runtime.supervise.nursery import Nurseries
+from spark_runtime.supervise.nurseries import Nurseries
 from spark_runtime.supervise.picture import Picture
 from spark_runtime.supervise.preload import PreloadList
 from spark_runtime.supervise.reports import Reports

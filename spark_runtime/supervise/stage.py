@@ -13,7 +13,7 @@ from typing import Protocol
 
 from spark_runtime.errors import NurseryDied
 from spark_runtime.supervise.code import Version
-from spark_runtime.supervise.nursery import Nurseries
+from spark_runtime.supervise.nurseries import Nurseries
 from spark_runtime.supervise.worker import Death, Event, Frozen, Worker
 from spark_workers.messages import Left, Load, Loaded, LoadFailed
 

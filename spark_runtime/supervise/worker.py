@@ -1,16 +1,16 @@
 """One script worker as the supervisor sees it: a process, a channel, two pipes, a bell."""
 
+import asyncio
 import mmap
 import os
 import signal
 import socket
-import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from spark_runtime.supervise.channel import LoopChannel
-from spark_runtime.supervise.nursery import SCRIPT_WORKER, Nurseries, Process
+from spark_runtime.processes.channel import LoopChannel
+from spark_runtime.processes.nursery import Process, shared_page
+from spark_runtime.supervise.nurseries import SCRIPT_WORKER, Nurseries
 from spark_runtime.supervise.output import OutputPipe
 from spark_workers.messages import Message
 
@@ -51,11 +51,11 @@ class Worker:
         self._rings = 0
         self.is_alive = True
         ours, theirs = socket.socketpair()
-        bell = _shared_page()
+        bell = shared_page()
         self._bell = mmap.mmap(bell, mmap.PAGESIZE)
         out_read, out_write = os.pipe()
         err_read, err_write = os.pipe()
-        self._channel = LoopChannel(ours, self._message, self._closed)
+        self._channel = LoopChannel(asyncio.get_running_loop(), ours, self._message, self._closed)
         self._pipes = [
             OutputPipe(out_read, lambda text: on_output(self, "stdout", text)),
             OutputPipe(err_read, lambda text: on_output(self, "stderr", text)),
@@ -110,13 +110,3 @@ class Worker:
         self._bell.close()
         self.is_alive = False
         self._on_event(self, Death(status, self._reason))
-
-
-def _shared_page() -> int:
-    if sys.platform == "linux":
-        descriptor = os.memfd_create("sparkrt-bell")
-    else:
-        with tempfile.TemporaryFile() as file:  # unlinked: it ends with its last descriptor
-            descriptor = os.dup(file.fileno())
-    os.ftruncate(descriptor, mmap.PAGESIZE)
-    return descriptor

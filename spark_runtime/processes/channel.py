@@ -1,11 +1,11 @@
-"""The supervisor's end of a channel, on the asyncio loop. Nothing here blocks."""
+"""The supervisor's end of a channel, on a loop. Nothing here blocks."""
 
-import asyncio
 import os
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from spark_runtime.processes.loop import Loop
 from spark_workers.channel import receive, send_with_descriptors
 from spark_workers.frames import FrameBroken, FrameDecoder, encode_frame
 from spark_workers.messages import Message, MessageBroken, decode, encode
@@ -17,12 +17,12 @@ OnClosed = Callable[[str], None]
 class LoopChannel:
     """Messages over one socket. *on_closed* is called once, with the reason; empty when the other side just ended."""
 
-    def __init__(self, end: socket.socket, on_message: OnMessage, on_closed: OnClosed) -> None:
+    def __init__(self, loop: Loop, end: socket.socket, on_message: OnMessage, on_closed: OnClosed) -> None:
         end.setblocking(False)
         self._end = end
         self._on_message = on_message
         self._on_closed = on_closed
-        self._loop = asyncio.get_running_loop()
+        self._loop = loop
         self._decoder = FrameDecoder()
         self._descriptors: deque[int] = deque()
         self._unsent: deque[tuple[memoryview, list[int]]] = deque()
