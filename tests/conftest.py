@@ -1,4 +1,4 @@
-"""What every test has: a runtime folder of its own, so that runs of other tests and of the user are not seen."""
+"""What every test has: folders of its own, so that runs and models of other tests and of the user are not seen."""
 
 import faulthandler
 import os
@@ -14,8 +14,9 @@ faulthandler.enable()
 def _own_runtime_folder() -> Iterator[None]:
     with tempfile.TemporaryDirectory(prefix="sparkrt-test-") as folder:
         os.environ["SPARKRT_RUNTIME_DIR"] = folder
+        os.environ["SPARKRT_CACHE_DIR"] = os.path.join(folder, "cache")
         yield
-        del os.environ["SPARKRT_RUNTIME_DIR"]
+        del os.environ["SPARKRT_RUNTIME_DIR"], os.environ["SPARKRT_CACHE_DIR"]
 
 
 @pytest.fixture(autouse=True)

@@ -179,6 +179,24 @@ class Segment(Message):
     size: int
 
 
+@dataclass(frozen=True, slots=True)
+class Executed(Message):
+    """The answer to `Execute` *id*, from this replica of this model: as the model gave it, or a msgpack list."""
+
+    id: int
+    model: str
+    replica: int
+    answer: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ExecuteFailed(Message):
+    """`Execute` *id* has no answer. *error* is `spark_workers.errors.SparkError.to_dict`."""
+
+    id: int
+    error: dict[str, Json]
+
+
 # --- script worker to supervisor -------------------------------------------------------------------------------------
 
 
@@ -313,6 +331,28 @@ class Here(Message):
 
 
 @dataclass(frozen=True, slots=True)
+class Execute(Message):
+    """Have a model answer a request. Answer: `Executed` or `ExecuteFailed`.
+
+    An empty *model* is the only one there is. With a *function* the payload is a msgpack list of numbers, as in `Work`.
+    *seconds* is how long it may take; 0 for as long as the supervisor allows.
+    """
+
+    id: int
+    model: str
+    function: str
+    payload: bytes
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class StopExecute(Message):
+    """Nobody waits for `Execute` *id* any more: stop the work. There is no answer then."""
+
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
 class Left(Message):
     """``torch()`` is over and the process will end: done, stopped, reload, error or exit."""
 
@@ -363,7 +403,10 @@ class Refused(Message):
 
 @dataclass(frozen=True, slots=True)
 class Host(Message):
-    """Load a prepared model. Answer: `Hosted` or `Refused`. *code* is the path of the machine code."""
+    """Load a prepared model. Answer: `Hosted` or `Refused`. *code* is the path of the machine code.
+
+    Descriptor: the pipe that tokens come from, see `Work`.
+    """
 
     engine: str
     kind: str
@@ -376,10 +419,13 @@ class Work(Message):
     """Calls to run in this order, each ``[serial, function, payload]``.
 
     With an empty *function* the payload is a request, bytes in and bytes out. Otherwise the export of that name is
-    called with the numbers in the payload, a msgpack list; the answer is a msgpack list too.
+    called with the numbers in the payload, a msgpack list; the answer is a msgpack list too. Calls sent *ahead*, while
+    the replica has others, may be taken back: each is begun only with a token, a byte from the pipe, and dropped if
+    there is none.
     """
 
     calls: list[list[Json]]
+    ahead: bool
 
 
 # --- replica to supervisor -------------------------------------------------------------------------------------------

@@ -326,9 +326,13 @@ def _spawn(entry: str, given: Descriptors) -> int:
     """Start a worker as a new interpreter, where forking is not safe."""
     import subprocess
 
+    import __main__
+
+    # `python -m spark_workers` has started us, or bootstrap.py, where that is not installed: it starts the worker too.
+    start = ["-P", "-m", "spark_workers"] if __main__.__spec__ is not None else [str(__main__.__file__)]
     flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
     numbers = [str(number) for number in given.all()]
-    command = [sys.executable, *flags, "-P", "-m", "spark_workers", "worker", entry, str(os.getpid()), *numbers]
+    command = [sys.executable, *flags, *start, "worker", entry, str(os.getpid()), *numbers]
     process = subprocess.Popen(command, pass_fds=given.all(), start_new_session=True, stdin=subprocess.DEVNULL)
     process.returncode = 0  # the nursery reaps it; Popen must not
     return process.pid

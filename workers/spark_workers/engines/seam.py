@@ -46,7 +46,11 @@ class Extern:
 
 @dataclass(frozen=True, slots=True)
 class Wasi:
-    """What a WASI guest sees. *stdin* to *stderr* are descriptors, which stay the caller's."""
+    """What a WASI guest sees. *stdin* to *stderr* are descriptors, which stay the caller's.
+
+    They are three files. *stdin* is read from its beginning. *stdout* and *stderr* are empty when an instance is made
+    and written from their beginning; an engine may open them anew, so that the place of ours need not move.
+    """
 
     args: Sequence[str]
     env: dict[str, str]
@@ -67,7 +71,7 @@ class Function(Protocol):
         """Types of the results."""
 
     def __call__(self, *arguments: Number) -> Any:
-        """Return None, one number, or a tuple of them. Integers come back unsigned.
+        """Return None, one number, or a tuple of them. Integers come back signed.
 
         Raises:
             GuestFailed: trap, out-of-memory, stack-overflow, exit, interrupted, wrong-signature.
@@ -79,6 +83,12 @@ class Instance(Protocol):
 
     def function(self, name: str) -> Function | None:
         """Return the exported function of that name, or None."""
+
+    def arm(self) -> None:
+        """Have interrupts that come from now on stop this instance, and none that came before.
+
+        Called once before each run, and only where the engine can interrupt.
+        """
 
     def memory_size(self) -> int:
         """Bytes of linear memory now; 0 if it exports none."""

@@ -1,7 +1,8 @@
 """The worker's side thread: it reads the channel and does nothing but put messages where they are waited for.
 
-The script has the main thread. A message waits in a queue until the main thread reaches a checkpoint; only the
-question where the script is gets an answer at once, because it is asked when no checkpoint comes.
+The script has the main thread. A message waits in a queue until the main thread reaches a checkpoint. Two kinds are
+dealt with at once: the question where the script is, because it is asked when no checkpoint comes, and the answers of
+models, because the script may be waiting for them.
 """
 
 import os
@@ -13,7 +14,7 @@ from collections.abc import Callable
 
 from spark_workers.channel import Channel
 from spark_workers.frames import FrameBroken
-from spark_workers.messages import Here, Message, MessageBroken, Segment, Where
+from spark_workers.messages import Executed, ExecuteFailed, Here, Message, MessageBroken, Segment, Where
 
 ORPHANED, MISLED = 70, 71  # exit codes of a worker whose channel ended, or made no sense
 
@@ -21,7 +22,10 @@ Arrived = tuple[Message, list[int]]
 
 
 class Inbox:
-    """Messages that have arrived. *on_message*, when set, is called on the side thread for each."""
+    """Messages that have arrived.
+
+    On the side thread *on_message*, when set, is called for each, and *on_answer* with each answer of a model.
+    """
 
     def __init__(self, channel: Channel, is_own: Callable[[str], bool], knock: Callable[[], None]) -> None:
         self._channel = channel
@@ -31,6 +35,7 @@ class Inbox:
         self._segments: queue.SimpleQueue[Arrived] = queue.SimpleQueue()
         self._main = threading.main_thread().ident
         self.on_message: Callable[[], None] | None = None
+        self.on_answer: Callable[[Executed | ExecuteFailed], None] | None = None
 
     def start(self) -> None:
         """Begin to read."""
@@ -66,6 +71,9 @@ class Inbox:
                     self._segments.put((message, descriptors))
                 elif isinstance(message, Where):
                     self._channel.send(Here(self._place()))
+                elif isinstance(message, (Executed, ExecuteFailed)):
+                    if self.on_answer is not None:
+                        self.on_answer(message)
                 else:
                     self._messages.put((message, descriptors))
                     self._knock()

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextvars import ContextVar
+from typing import TYPE_CHECKING
 
 from spark_workers.messages import Ask, Call, CancelCall, Message, Start, Stayed, Turn, Wish
 from spark_workers.scripts import checkpoint as checkpoints
@@ -37,6 +38,9 @@ from spark_workers.scripts.showing import Display
 from spark_workers.scripts.swallowed import describe_handler
 from spark_workers.scripts.tracebacks import format_script_error
 from spark_workers.scripts.tree import Tree
+
+if TYPE_CHECKING:
+    from spark_workers.scripts.models import Models
 
 IDLE_SECONDS = 0.25
 THREAD_PAUSE_SECONDS = 0.01
@@ -66,6 +70,7 @@ class Session:
         self._waits = False  # at a checkpoint, paused
         self._is_stale = False  # a reload was swallowed, and the script has gone on since its snapshot
         self._waiters: set[asyncio.Event] = set()  # asyncio's tasks that wait while paused
+        self._models: Models | None = None
         self.persisted.is_open = False
 
     # --- life ---
@@ -182,6 +187,35 @@ class Session:
     def take_snapshot(self, *, last: bool = False) -> None:
         """Hand the persisted values to the supervisor."""
         self._keeper.take(self.passed(), last=last)
+
+    def models(self) -> "Models":
+        """Return the way to the supervisor's models.
+
+        Raises:
+            SparkUsageError: Asked for at the top level of a script, where the old code may still be at them.
+        """
+        if not self.persisted.is_open:
+            raise SparkUsageError("models cannot be called at the top level of a script; do it inside torch()")
+        with self._dealing:
+            if self._models is None:
+                from spark_workers.scripts.models import Models  # a script that calls no models pays nothing for them
+
+                self._models = Models(self._send, self.look)
+                self._inbox.on_answer = self._models.answered
+            return self._models
+
+    def look(self) -> None:
+        """For code that waits for something else: raise what was asked, unless a checkpoint has raised it before.
+
+        Raises:
+            SparkControl: Stop or a reload was asked, or the call of an exposed function that waits was cancelled.
+        """
+        if os.getpid() != self._pid:
+            raise SparkUsageError("the answer of a model comes to the process that asked, not to one that it forked")
+        self.deal()
+        signal, before = self.asks.signal(self.calls.current()), self._raised.get()
+        if signal is not None and (type(signal), str(signal)) != (type(before), str(before)):
+            self._raise_if_asked()
 
     def wish(self, wish: Wish) -> None:
         """The script asks for something itself: it holds from the next checkpoint on, and the supervisor is told."""

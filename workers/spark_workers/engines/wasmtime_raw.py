@@ -1,0 +1,548 @@
+"""wasmtime through its C interface, called directly: a call of an export costs a twentieth of what it does otherwise.
+
+This file and no other knows libwasmtime's functions and the sizes of its structures. They are bound through `ctypes`
+without importing the wasmtime package, and the library is opened when this module is imported, so that a nursery that
+preloads it has done so before it forks. `wasmtime_engine` imports it only for versions that it was checked against, and
+takes `wasmtime_public`, the same engine through the package's own interface, for others.
+
+What makes it fast, and what it takes to be safe:
+
+* Arguments and results lie in one array for each function, and the five arguments of the call are objects made once.
+* Linear memory is looked at through one memoryview. It never moves (``memory_may_move`` is off) and never shrinks, so
+  its length is asked for again only when an access lies beyond what is known.
+* `ctypes` releases the GIL during a call, so another thread can interrupt it.
+* What wasmtime gives out is freed once: instances by `close`, the rest when the last user is gone.
+"""
+
+import ctypes
+import os
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from spark_workers.engines import code_file, traps
+from spark_workers.engines.arguments import CALLABLE, RANGES, convert_all, not_callable, wrong_count
+from spark_workers.engines.outline import OutlineUnreadable, read_outline
+from spark_workers.engines.seam import Number, Settings, Wasi
+from spark_workers.engines.stack import stack_bytes
+from spark_workers.engines.streams import clean_texts, path_of, read_all
+from spark_workers.engines.wasmtime_found import find_installed
+from spark_workers.hosts.failures import GuestFailed
+
+_P = ctypes.c_void_p
+_SIZE = ctypes.c_size_t
+_FUNCTION, _MEMORY = 0, 3  # kinds of `Extern`
+_READ_WRITE = 0x200  # PyBUF_WRITE
+
+
+class ByteVector(ctypes.Structure):
+    """``wasm_byte_vec_t``, and with the same layout ``wasm_frame_vec_t``."""
+
+    _fields_ = (("size", _SIZE), ("data", _P))
+
+
+class ExternItem(ctypes.Structure):
+    """``wasmtime_extern_t``: a function is 16 bytes, a memory 24, what is largest of the others 24 too."""
+
+    _fields_ = (("kind", ctypes.c_uint8), ("of", ctypes.c_uint64 * 3))
+
+
+#: ``wasmtime_instance_t`` and ``wasmtime_val_raw_t``.
+InstanceItem = ctypes.c_uint64 * 2
+VALUE_BYTES = 16
+
+_VIEWS: dict[str, Any] = {
+    "i32": ctypes.c_int32,
+    "i64": ctypes.c_int64,
+    "f32": ctypes.c_float,
+    "f64": ctypes.c_double,
+}
+
+_EXACT = (-(1 << 24), 1 << 24)  # integers that even the smallest float is exact for
+
+_memory_view = ctypes.pythonapi.PyMemoryView_FromMemory
+_memory_view.restype = ctypes.py_object
+_memory_view.argtypes = (_P, ctypes.c_ssize_t, ctypes.c_int)
+
+
+def _open() -> ctypes.CDLL:
+    installed = find_installed()
+    if installed is None:
+        raise ImportError("wasmtime is not installed")
+    return ctypes.CDLL(installed.library)
+
+
+_library = _open()
+
+
+#: The functions that are bound, by name. A test compares them with what the package declares.
+BOUND: dict[str, Any] = {}
+
+
+def _bind(name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
+    function = _library[name]
+    function.restype = result
+    function.argtypes = arguments
+    BOUND[name] = function
+    return function
+
+
+_config_new = _bind("wasm_config_new", _P)
+_config_parallel = _bind("wasmtime_config_parallel_compilation_set", None, _P, ctypes.c_bool)
+_config_epochs = _bind("wasmtime_config_epoch_interruption_set", None, _P, ctypes.c_bool)
+_config_stack = _bind("wasmtime_config_max_wasm_stack_set", None, _P, _SIZE)
+_config_may_move = _bind("wasmtime_config_memory_may_move_set", None, _P, ctypes.c_bool)
+_config_many_memories = _bind("wasmtime_config_wasm_multi_memory_set", None, _P, ctypes.c_bool)
+_config_shared_memory = _bind("wasmtime_config_shared_memory_set", None, _P, ctypes.c_bool)
+_engine_new = _bind("wasm_engine_new_with_config", _P, _P)
+_engine_delete = _bind("wasm_engine_delete", None, _P)
+_engine_increment = _bind("wasmtime_engine_increment_epoch", None, _P)
+
+_module_new = _bind("wasmtime_module_new", _P, _P, ctypes.c_char_p, _SIZE, _P)
+_module_delete = _bind("wasmtime_module_delete", None, _P)
+_module_serialize = _bind("wasmtime_module_serialize", _P, _P, _P)
+_module_load = _bind("wasmtime_module_deserialize_file", _P, _P, ctypes.c_char_p, _P)
+
+_linker_new = _bind("wasmtime_linker_new", _P, _P)
+_linker_delete = _bind("wasmtime_linker_delete", None, _P)
+_linker_wasi = _bind("wasmtime_linker_define_wasi", _P, _P)
+_linker_prepare = _bind("wasmtime_linker_instantiate_pre", _P, _P, _P, _P)
+_prepared_delete = _bind("wasmtime_instance_pre_delete", None, _P)
+_prepared_make = _bind("wasmtime_instance_pre_instantiate", _P, _P, _P, _P, _P)
+
+_store_new = _bind("wasmtime_store_new", _P, _P, _P, _P)
+_store_delete = _bind("wasmtime_store_delete", None, _P)
+_store_context = _bind("wasmtime_store_context", _P, _P)
+_store_limits = _bind("wasmtime_store_limiter", None, _P, *[ctypes.c_int64] * 5)
+_context_wasi = _bind("wasmtime_context_set_wasi", _P, _P, _P)
+_context_deadline = _bind("wasmtime_context_set_epoch_deadline", None, _P, ctypes.c_uint64)
+_instance_export = _bind("wasmtime_instance_export_get", ctypes.c_bool, _P, _P, ctypes.c_char_p, _SIZE, _P)
+_memory_data = _bind("wasmtime_memory_data", _P, _P, _P)
+_memory_size = _bind("wasmtime_memory_data_size", _SIZE, _P, _P)
+
+_wasi_new = _bind("wasi_config_new", _P)
+_wasi_delete = _bind("wasi_config_delete", None, _P)
+_wasi_args = _bind("wasi_config_set_argv", ctypes.c_bool, _P, _SIZE, _P)
+_wasi_env = _bind("wasi_config_set_env", ctypes.c_bool, _P, _SIZE, _P, _P)
+_wasi_stdin = _bind("wasi_config_set_stdin_bytes", None, _P, _P)
+_wasi_stdout = _bind("wasi_config_set_stdout_file", ctypes.c_bool, _P, ctypes.c_char_p)
+_wasi_stderr = _bind("wasi_config_set_stderr_file", ctypes.c_bool, _P, ctypes.c_char_p)
+
+_bytes_new = _bind("wasm_byte_vec_new", None, _P, _SIZE, ctypes.c_char_p)
+_bytes_delete = _bind("wasm_byte_vec_delete", None, _P)
+_error_message = _bind("wasmtime_error_message", None, _P, _P)
+_error_exit = _bind("wasmtime_error_exit_status", ctypes.c_bool, _P, _P)
+_error_delete = _bind("wasmtime_error_delete", None, _P)
+_trap_message = _bind("wasm_trap_message", None, _P, _P)
+_trap_code = _bind("wasmtime_trap_code", ctypes.c_bool, _P, _P)
+_trap_frames = _bind("wasm_trap_trace", None, _P, _P)
+_trap_delete = _bind("wasm_trap_delete", None, _P)
+_frames_delete = _bind("wasm_frame_vec_delete", None, _P)
+_frame_index = _bind("wasm_frame_func_index", ctypes.c_uint32, _P)
+_frame_offset = _bind("wasm_frame_module_offset", _SIZE, _P)
+_frame_name = _bind("wasmtime_frame_func_name", _P, _P)
+
+# The one call that is hot: without argument types, which would look at each argument again every time.
+_call_function = ctypes.CDLL(_library._name).wasmtime_func_call_unchecked
+_call_function.restype = _SIZE
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+def _text_of(vector: ByteVector) -> str:
+    return ctypes.string_at(vector.data, vector.size).rstrip(b"\0").decode(errors="replace") if vector.size else ""
+
+
+def _taken(pointer: int, message: Callable[..., Any], delete: Callable[..., Any]) -> str:
+    """Return the text of an error or a trap, and free it."""
+    vector = ByteVector()
+    message(pointer, ctypes.byref(vector))
+    text = _text_of(vector)
+    _bytes_delete(ctypes.byref(vector))
+    delete(pointer)
+    return text
+
+
+def _error_text(error: int) -> str:
+    return _taken(error, _error_message, _error_delete)
+
+
+def _exit_code(error: int) -> int | None:
+    code = ctypes.c_int()
+    return code.value if _error_exit(error, ctypes.byref(code)) else None
+
+
+def _frames_of(trap: int, names: dict[int, str]) -> list[traps.Frame]:
+    vector = ByteVector()
+    _trap_frames(trap, ctypes.byref(vector))
+    count = min(vector.size, traps.MAX_FRAMES)
+    pointers = (_P * count).from_address(vector.data) if count else ()
+    frames = []
+    for each in pointers:
+        index = _frame_index(each)
+        frames.append(traps.Frame(_name_of(each) or names.get(index, ""), index, _frame_offset(each)))
+    _frames_delete(ctypes.byref(vector))
+    return frames
+
+
+def _name_of(frame: int) -> str:
+    name = _frame_name(frame)
+    return _text_of(ByteVector.from_address(name)) if name else ""
+
+
+# --- the engine ------------------------------------------------------------------------------------------------------
+
+
+def _freed(owner: object, delete: Callable[..., Any], pointer: int) -> Callable[[], object]:
+    """Free *pointer* when *owner* is gone, or when the function that is returned is called; not at exit."""
+    finalizer = weakref.finalize(owner, delete, pointer)
+    finalizer.atexit = False  # the end of the process frees everything at once
+    return finalizer
+
+
+class RawEngine:
+    """Fits `seam.Engine`."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.can_interrupt = settings.epochs
+        self._settings = settings
+        self._engine = self._configured(parallel=False)
+        _freed(self, _engine_delete, self._engine)
+
+    def _configured(self, parallel: bool) -> int:
+        """Make an engine; *parallel* only to compile, because a process with those threads must not fork."""
+        config = _config_new()
+        _config_parallel(config, parallel)
+        _config_epochs(config, self._settings.epochs)
+        _config_stack(config, stack_bytes(self._settings.stack_limit))
+        _config_may_move(config, False)
+        _config_many_memories(config, False)  # the limit is for each memory
+        _config_shared_memory(config, False)  # and no limit is for a shared one
+        pointer: int = _engine_new(config)
+        return pointer
+
+    def compile(self, wasm: bytes) -> bytes:
+        """Return machine code for `load`.
+
+        Raises:
+            GuestFailed: "invalid-module".
+        """
+        engine, module, vector = self._configured(parallel=True), _P(), ByteVector()
+        try:
+            error = _module_new(engine, wasm, len(wasm), ctypes.byref(module))
+            if error:
+                raise traps.uncompiled(_error_text(error))
+            outline = read_outline(wasm)
+            error = _module_serialize(module, ctypes.byref(vector))
+            if error:
+                raise traps.uncompiled(_error_text(error))
+            return code_file.join(memoryview((ctypes.c_char * vector.size).from_address(vector.data)), outline)
+        except OutlineUnreadable as problem:
+            raise GuestFailed("invalid-module", str(problem)) from problem
+        finally:
+            if vector.data:
+                _bytes_delete(ctypes.byref(vector))
+            if module:
+                _module_delete(module)
+            _engine_delete(engine)
+
+    def load(self, path: str) -> "RawCode":
+        """Map machine code that `compile` made.
+
+        Raises:
+            GuestFailed: "stale-code" if it does not fit; "unsupported-import".
+        """
+        signs = code_file.read_signs(path)
+        module = _P()
+        error = _module_load(self._engine, os.fsencode(path), ctypes.byref(module))
+        if error:
+            raise GuestFailed("stale-code", f"the prepared machine code does not fit: {_error_text(error)}")
+        assert module.value is not None
+        return RawCode(self, self._settings, self._engine, module.value, signs)
+
+    def interrupt(self) -> None:
+        """Stop the guest that runs now, from another thread.
+
+        Raises:
+            RuntimeError: The settings did not ask for it.
+        """
+        if not self.can_interrupt:
+            raise RuntimeError("this engine was opened without epochs: it cannot interrupt")
+        _engine_increment(self._engine)
+
+
+class RawCode:
+    """Fits `seam.Code`."""
+
+    def __init__(
+        self,
+        engine: RawEngine,
+        settings: Settings,
+        pointer: int,
+        module: int,
+        signs: code_file.Signs,
+    ) -> None:
+        self.imports = signs.imports
+        self.exports = signs.exports
+        self.signs = signs
+        self.settings = settings
+        self._owner = engine  # which outlives us
+        self._engine = pointer
+        _freed(self, _module_delete, module)
+        self._prepared = self._link(module)
+        _freed(self, _prepared_delete, self._prepared)
+
+    def _link(self, module: int) -> int:
+        """Find every import once, for all instances."""
+        linker, prepared = _linker_new(self._engine), _P()
+        try:
+            error = _linker_wasi(linker) or _linker_prepare(linker, module, ctypes.byref(prepared))
+        finally:
+            _linker_delete(linker)
+        if error:
+            raise GuestFailed("unsupported-import", traps.last_cause(_error_text(error)))
+        assert prepared.value is not None
+        return prepared.value
+
+    def instantiate(self, wasi: Wasi | None) -> "RawInstance":
+        """Make an instance; a reactor's ``_initialize`` is *not* called here.
+
+        Raises:
+            GuestFailed: out-of-memory and over-limit if it is too large from the start; what its start function does.
+        """
+        return RawInstance(self, self._engine, self._prepared, wasi)
+
+
+class RawInstance:
+    """Fits `seam.Instance`."""
+
+    def __init__(self, code: RawCode, engine: int, prepared: int, wasi: Wasi | None) -> None:
+        self._code = code
+        self._settings = settings = code.settings
+        self._functions: dict[str, RawFunction | None] = {}
+        self._memory = ExternItem()
+        self._has_memory = False
+        self._view = memoryview(b"")
+        self._size = 0
+        store = _store_new(engine, None, None)
+        self._free = _freed(self, _store_delete, store)
+        self.context: int = _store_context(store)
+        self.trap = _P()
+        _store_limits(store, settings.memory_limit, settings.table_limit, 1, -1, 1)
+        if wasi is not None:
+            self._let_see(wasi)
+        if settings.epochs:
+            self.arm()
+        self._item = InstanceItem()
+        error = _prepared_make(prepared, self.context, ctypes.byref(self._item), ctypes.byref(self.trap))
+        if error or self.trap:
+            raise self._not_started(error)
+        self._find_memory()
+
+    def _let_see(self, wasi: Wasi) -> None:
+        config, stdin = _wasi_new(), read_all(wasi.stdin)
+        args = clean_texts("argument", wasi.args)
+        names = clean_texts("environment variable", wasi.env)
+        values = clean_texts("environment variable", wasi.env.values())
+        # Bytes and files, because anything else, such as a callback, is served by tasks of tokio on other threads:
+        # every write then costs two changes of thread, and a short command twice the time.
+        vector = ByteVector()
+        _bytes_new(ctypes.byref(vector), len(stdin), stdin)
+        _wasi_stdin(config, ctypes.byref(vector))  # takes it
+        accepted = (
+            _wasi_args(config, len(args), _texts(args)),
+            _wasi_env(config, len(names), _texts(names), _texts(values)),
+            _wasi_stdout(config, path_of(wasi.stdout)),
+            _wasi_stderr(config, path_of(wasi.stderr)),
+        )
+        if not all(accepted):
+            _wasi_delete(config)
+            raise GuestFailed("trap", f"WASI cannot be set up: {accepted}", {"trap": "other"})
+        error = _context_wasi(self.context, config)  # takes it
+        if error:
+            raise GuestFailed("trap", f"WASI cannot be set up: {_error_text(error)}", {"trap": "other"})
+
+    def _not_started(self, error: int | None) -> GuestFailed:
+        if self.trap or _exit_code(error or 0) is not None:
+            return self.failure("start", error or 0)
+        text = _error_text(error or 0)
+        return traps.not_started(text, self._settings.memory_limit, self._settings.table_limit)
+
+    def _find_memory(self) -> None:
+        name = self._code.signs.memory
+        if name is not None:
+            self._has_memory = self.find(name, self._memory)
+            self._look_again()
+
+    def find(self, name: str, item: ExternItem) -> bool:
+        """Write the export of that name to *item*; tell whether there is one."""
+        encoded = name.encode()
+        found: bool = _instance_export(
+            self.context, ctypes.byref(self._item), encoded, len(encoded), ctypes.byref(item)
+        )
+        return found
+
+    def function(self, name: str) -> "RawFunction | None":
+        """Return the exported function of that name, or None."""
+        if name not in self._functions:
+            self._functions[name] = self._make_function(name)
+        return self._functions[name]
+
+    def _make_function(self, name: str) -> "RawFunction | None":
+        signature, item = self._code.signs.signatures.get(name), ExternItem()
+        if signature is None or not self.find(name, item) or item.kind != _FUNCTION:
+            return None
+        return RawFunction(self, name, item, *signature)
+
+    def close(self) -> None:
+        """Free everything at once. Its functions cannot be called any more."""
+        self._view, self._size, self._has_memory = memoryview(b""), 0, False
+        for function in self._functions.values():
+            if function is not None:
+                function.retire()
+        self._functions.clear()
+        self._free()
+
+    def arm(self) -> None:
+        """Have interrupts that come from now on stop this instance, and none that came before."""
+        _context_deadline(self.context, 1)
+
+    def memory_size(self) -> int:
+        """Bytes of linear memory now; 0 if it exports none."""
+        self._look_again()
+        return self._size
+
+    def _look_again(self) -> None:
+        """Find out how large the memory has become."""
+        if not self._has_memory:
+            return
+        size = _memory_size(self.context, ctypes.byref(self._memory.of))
+        if size != self._size:
+            base = _memory_data(self.context, ctypes.byref(self._memory.of))
+            self._view = _memory_view(base, size, _READ_WRITE)
+            self._size = size
+
+    def read(self, address: int, length: int) -> bytes:
+        """Copy out of the exported memory.
+
+        Raises:
+            GuestFailed: "bad-answer" outside of it.
+        """
+        end = address + length
+        if end > self._size or address < 0 or length < 0:
+            self._check(address, length)
+        return self._view[address:end].tobytes()
+
+    def write(self, address: int, data: bytes) -> None:
+        """Copy into the exported memory.
+
+        Raises:
+            GuestFailed: "bad-answer" outside of it.
+        """
+        end = address + len(data)
+        if end > self._size or address < 0:
+            self._check(address, len(data))
+        self._view[address:end] = data
+
+    def _check(self, address: int, length: int) -> None:
+        self._look_again()
+        if address < 0 or length < 0 or address + length > self._size:
+            raise traps.outside(address, length, self._size)
+
+    def failure(self, function: str, error: int) -> GuestFailed:
+        """Return the failure that a call of *function* left behind, and free what it left."""
+        trap, self.trap.value = self.trap.value, None
+        if trap:
+            code = ctypes.c_uint8()
+            number = code.value if _trap_code(trap, ctypes.byref(code)) else None
+            frames = _frames_of(trap, self._code.signs.names)
+            text = _taken(trap, _trap_message, _trap_delete)
+            limits = self._settings.memory_limit, stack_bytes(self._settings.stack_limit)
+            return traps.trapped(function, number, text, frames, self.memory_size(), *limits)
+        exit_code = _exit_code(error)
+        text = _error_text(error)
+        if exit_code is not None:
+            return traps.exited(function, exit_code)
+        return traps.failed(function, text, self.memory_size(), self._settings.memory_limit)
+
+
+class RawFunction:
+    """Fits `seam.Function`."""
+
+    def __init__(
+        self, instance: RawInstance, name: str, item: ExternItem, params: Sequence[str], results: Sequence[str]
+    ) -> None:
+        self.params = tuple(params)
+        self.results = tuple(results)
+        self._name = name
+        self._instance = instance
+        self._item = item
+        count = max(len(params), len(results), 1)
+        values = (ctypes.c_uint8 * (count * VALUE_BYTES))()
+        self._is_callable = all(each in CALLABLE for each in (*params, *results))
+        self._places = self._views(values, self.params)
+        self._answers = [view[:2] for view in self._views(values, self.results)]
+        # Objects made once; the function takes pointers in these five places.
+        self._fixed = (
+            _P(instance.context),
+            ctypes.byref(item.of),
+            ctypes.byref(values),
+            _SIZE(count),
+            ctypes.byref(instance.trap),
+        )
+        self._trap = instance.trap
+
+    def __call__(self, *arguments: Number) -> Any:
+        """Return None, one number, or a tuple of them. Integers come back signed.
+
+        Raises:
+            GuestFailed: trap, out-of-memory, stack-overflow, exit, interrupted, wrong-signature.
+        """
+        if len(arguments) != len(self._places) or not self._is_callable:
+            raise self._refused(arguments)
+        for (values, place, low, high), value in zip(self._places, arguments):  # noqa: B905 - slower when strict
+            if type(value) is not int or not low <= value <= high:
+                self._store(arguments)
+                break
+            values[place] = value
+        error = _call_function(*self._fixed)
+        if error or self._trap:
+            raise self._instance.failure(self._name, error)
+        answers = self._answers
+        if len(answers) == 1:
+            values, place = answers[0]
+            return values[place]
+        return tuple(values[place] for values, place in answers) if answers else None
+
+    def _views(self, values: Any, kinds: Sequence[str]) -> list[tuple[Any, int, int, int]]:
+        """For each value: array and index where it lies, and the integers that can be stored there as they are."""
+        if not self._is_callable:
+            return []
+        return [(*_view(values, kind, at), *RANGES.get(kind, _EXACT)) for at, kind in enumerate(kinds)]
+
+    def retire(self) -> None:
+        """Make every further call an error in place of a crash: the instance is gone."""
+        del self._fixed
+
+    def _store(self, arguments: Sequence[Number]) -> None:
+        """Put the arguments in their places when they are not integers that fit as they are."""
+        numbers = convert_all(self._name, self.params, arguments)
+        for (values, place, _, _), number in zip(self._places, numbers, strict=True):
+            values[place] = number
+
+    def _refused(self, arguments: Sequence[Number]) -> GuestFailed:
+        if not self._is_callable:
+            return not_callable(self._name, self.params, self.results)
+        return wrong_count(self._name, self.params, len(arguments))
+
+
+def _view(values: Any, kind: str, at: int) -> tuple[Any, int]:
+    """Return the array and the index at which value *at* is a number of that kind."""
+    element = _VIEWS[kind]
+    width = VALUE_BYTES // ctypes.sizeof(element)
+    return (element * (len(values) // VALUE_BYTES * width)).from_buffer(values), at * width
+
+
+def _texts(texts: Sequence[bytes]) -> Any:
+    return (ctypes.c_char_p * max(len(texts), 1))(*texts)
