@@ -1,4 +1,4 @@
-"""Spark Runtime: run a script in a worker, reload it when it is saved, keep its state.
+"""Spark Runtime: run a script in a worker, reload it when it is saved, keep its state; run models on replicas.
 
 Nothing is imported until it is used, so a script in a worker pays nothing for this package.
 """
@@ -6,7 +6,9 @@ Nothing is imported until it is used, so a script in a worker pays nothing for t
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from spark_runtime.config import Model
     from spark_runtime.errors import SparkError
+    from spark_runtime.runtime import Spark
     from spark_workers.scripts.api import spark
     from spark_workers.scripts.errors import (
         SparkCancelError,
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Model",
+    "Spark",
     "SparkCancelError",
     "SparkControl",
     "SparkError",
@@ -27,7 +31,12 @@ __all__ = [
     "spark",
 ]
 
-_HOMES = {"spark": "spark_workers.scripts.api", "SparkError": "spark_runtime.errors"}
+_HOMES = {
+    "spark": "spark_workers.scripts.api",
+    "SparkError": "spark_runtime.errors",
+    "Model": "spark_runtime.config",
+    "Spark": "spark_runtime.runtime",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -47,6 +47,11 @@ class LoopChannel:
         while self._is_open and self._read():
             pass
 
+    def disown(self) -> None:
+        """Close this end in a fork of this process, whose loop does not run."""
+        self._is_open = False
+        self._end.close()
+
     def close(self) -> None:
         """Close this end; nothing is reported."""
         if not self._is_open:

@@ -111,8 +111,22 @@ class Nursery:
         self._channel.send(Signal(worker, number))
 
     def close(self) -> None:
-        """End the nursery, and with it whatever it still has."""
+        """End the nursery, and with it whatever it still has. How its workers end nobody is told any more."""
         self._channel.close()
+        for process in self._processes.values():
+            if process.pidfd is not None:
+                self._loop.remove_reader(process.pidfd)
+                os.close(process.pidfd)
+                process.pidfd = None
+        self._processes.clear()
+
+    def disown(self) -> None:
+        """Let go of it in a fork of this process, without ending it."""
+        self._channel.disown()
+        self._popen.returncode = 0  # it is not this process's child, and must not be waited for here
+        for process in self._processes.values():
+            if process.pidfd is not None:
+                os.close(process.pidfd)
 
     def has_ended(self) -> bool:
         """Tell whether the process is gone; it is reaped then."""

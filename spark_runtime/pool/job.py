@@ -1,0 +1,95 @@
+"""One call on its way: what the dispatcher moves, and the future that a caller holds."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from spark_runtime.errors import ExecuteError
+from spark_workers.futures import StoppableFuture
+
+if TYPE_CHECKING:
+    from spark_runtime.pool.dispatch import Lane
+
+WAITING, SENT, FINISHED = "waiting", "sent", "finished"
+NEVER = float("inf")
+
+
+class Job:
+    """One call as the pool sees it. *state* is changed under the pool's lock only, and ends at `FINISHED` once.
+
+    Attributes:
+        serial: Which piece of work it is; 0 while it waits.
+        lane: The way to the replica that has it, or had it last.
+        deadline: When it fails, in monotonic seconds.
+        limit: Seconds from when a replica gets it, in place of a deadline from the start; None for a fixed one.
+        ended: How many replicas ended at it, or before it when it was the next.
+    """
+
+    __slots__ = ("deadline", "ended", "function", "lane", "limit", "payload", "serial", "state")
+
+    def __init__(self, function: str, payload: bytes, deadline: float = NEVER, limit: float | None = None) -> None:
+        self.function = function
+        self.payload = payload
+        self.deadline = deadline
+        self.limit = limit
+        self.state = WAITING
+        self.serial = 0
+        self.lane: Lane | None = None
+        self.ended = 0
+
+    def resolve(self, answer: bytes, replica: int) -> None:
+        """Take the answer. Called once, without the lock, usually on the loop's thread."""
+        raise NotImplementedError
+
+    def fail(self, error: Exception) -> None:
+        """Take the reason why there is no answer. Called once, without the lock."""
+        raise NotImplementedError
+
+
+class Call(Job, StoppableFuture):
+    """A call as its caller sees it: a future whose `cancel` also stops a call that runs.
+
+    After a cancel `result` raises `ExecuteCancelled`, which is a `concurrent.futures.CancelledError`.
+
+    Attributes:
+        model: The model's name.
+        replica: Which replica answered, from 1; 0 until then.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        function: str,
+        payload: bytes,
+        deadline: float,
+        read: Callable[[bytes, str, int], Any],
+        stop: Callable[["Call"], bool],
+    ) -> None:
+        Job.__init__(self, function, payload, deadline)
+        StoppableFuture.__init__(self, model)
+        self.replica = 0
+        self._read = read
+        self._stop = stop
+
+    def cancel(self) -> bool:
+        """Stop the call, wherever it is; return False only when it has already finished."""
+        if self.state != FINISHED and self._stop(self):
+            self.set_cancelled()
+        return self.cancelled()
+
+    def running(self) -> bool:
+        """Tell whether a replica has it."""
+        return self.state == SENT
+
+    def resolve(self, answer: bytes, replica: int) -> None:
+        """Read the answer and hand it over."""
+        self.replica = replica
+        try:
+            value = self._read(answer, self.model, replica)
+        except ExecuteError as problem:
+            self.set_exception(problem)
+        else:
+            self.set_result(value)
+
+    def fail(self, error: Exception) -> None:
+        """Hand the error over."""
+        self.set_exception(error)

@@ -1,0 +1,179 @@
+"""The pool's own loop: one plain thread that waits on descriptors and timers.
+
+Not asyncio's, because a hop through an event loop costs more than a whole call; it fits the same small protocol, so
+channels and nurseries live on either. Callbacks run on the loop's thread, one at a time. Everything but `post` and
+`close` belongs to that thread.
+"""
+
+import heapq
+import itertools
+import logging
+import os
+import selectors
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+_log = logging.getLogger("spark_runtime")
+_READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+_MANY = 64  # timers that were cancelled before they are swept out
+
+Callback = Callable[[], None]
+
+
+class Timer:
+    """A callback that will run at *when*, in monotonic seconds."""
+
+    __slots__ = ("callback", "when")
+
+    def __init__(self, when: float, callback: Callback) -> None:
+        self.when = when
+        self.callback: Callback | None = callback
+
+    def cancel(self) -> None:
+        """Have it not run; what it holds is let go at once."""
+        self.callback = None
+
+
+class PoolLoop:
+    """See the module. The thread starts with `start` and ends with `close`."""
+
+    def __init__(self, name: str = "spark-pool") -> None:
+        self._selector = selectors.DefaultSelector()
+        self._callbacks: dict[int, dict[int, Callback]] = {}
+        self._timers: list[tuple[float, int, Timer]] = []
+        self._numbers = itertools.count()
+        self._posted: deque[Callback] = deque()
+        self._wake_read, self._wake_write = os.pipe()
+        for each in (self._wake_read, self._wake_write):
+            os.set_blocking(each, False)
+        self._selector.register(self._wake_read, _READ)
+        self._is_woken = False
+        self._is_closing = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def is_own_thread(self) -> bool:
+        """Tell whether the caller runs on the loop."""
+        return threading.current_thread() is self._thread
+
+    def post(self, callback: Callback) -> None:
+        """Have *callback* run soon on the loop; any thread may call this."""
+        self._posted.append(callback)
+        if not self._is_woken:
+            self._is_woken = True
+            self._wake()
+
+    def close(self) -> None:
+        """End the thread after what was posted, and wait for it; any other thread may call this."""
+        self._is_closing = True
+        self._wake()
+        if not self.is_own_thread():
+            self._thread.join()
+
+    def disown(self) -> None:
+        """Let go of everything in a fork of this process, whose loop thread does not exist."""
+        self._selector.close()
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+
+    # --- for the loop's own thread ---
+
+    def add_reader(self, fd: int, callback: Callable[..., Any], *args: Any) -> None:
+        """Call *callback* whenever *fd* can be read."""
+        self._set(fd, _READ, (lambda: callback(*args)) if args else callback)
+
+    def remove_reader(self, fd: int) -> bool:
+        """Undo it; tell whether there was anything to undo."""
+        return self._unset(fd, _READ)
+
+    def add_writer(self, fd: int, callback: Callable[..., Any], *args: Any) -> None:
+        """Call *callback* whenever *fd* can be written."""
+        self._set(fd, _WRITE, (lambda: callback(*args)) if args else callback)
+
+    def remove_writer(self, fd: int) -> bool:
+        """Undo it; tell whether there was anything to undo."""
+        return self._unset(fd, _WRITE)
+
+    def call_later(self, delay: float, callback: Callable[..., Any], *args: Any) -> Timer:
+        """Call *callback* once, after *delay* seconds."""
+        timer = Timer(time.monotonic() + delay, lambda: callback(*args))
+        heapq.heappush(self._timers, (timer.when, next(self._numbers), timer))
+        return timer
+
+    # --- the thread ---
+
+    def _run(self) -> None:
+        while not (self._is_closing and not self._posted):
+            events = self._selector.select(self._patience())
+            for key, mask in events:
+                if key.fd == self._wake_read:
+                    self._is_woken = False  # before reading: a post between the two wakes once more, which is harmless
+                    os.read(self._wake_read, 4096)
+                    continue
+                wanted = self._callbacks.get(key.fd, {})
+                for bit in (_READ, _WRITE):
+                    if mask & bit and (callback := wanted.get(bit)) is not None:
+                        self._call(callback)
+            while self._posted:
+                self._call(self._posted.popleft())
+            self._call_due()
+        self._selector.close()
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+
+    def _patience(self) -> float | None:
+        if self._posted or self._is_closing:
+            return 0
+        return max(0.0, self._timers[0][0] - time.monotonic()) if self._timers else None
+
+    def _call_due(self) -> None:
+        now = time.monotonic()
+        while self._timers and (self._timers[0][0] <= now or self._timers[0][2].callback is None):
+            callback = heapq.heappop(self._timers)[2].callback
+            if callback is not None:
+                self._call(callback)
+        if len(self._timers) > _MANY:
+            live = [each for each in self._timers if each[2].callback is not None]
+            if len(live) < len(self._timers) // 2:
+                heapq.heapify(live)
+                self._timers = live
+
+    def _call(self, callback: Callback) -> None:
+        try:
+            callback()
+        except Exception:  # noqa: BLE001
+            # A fault of ours must not end the one thread that every call depends on; it is told in full.
+            _log.exception("an internal error of the pool, please report it")
+
+    def _wake(self) -> None:
+        try:
+            os.write(self._wake_write, b"\0")
+        except (BlockingIOError, OSError):
+            pass  # it is full, so the loop will wake; or it is closed, so there is no loop to wake
+
+    def _set(self, fd: int, bit: int, callback: Callback) -> None:
+        wanted = self._callbacks.setdefault(fd, {})
+        was_known = bool(wanted)
+        wanted[bit] = callback
+        mask = sum(wanted)
+        if was_known:
+            self._selector.modify(fd, mask)
+        else:
+            self._selector.register(fd, mask)
+
+    def _unset(self, fd: int, bit: int) -> bool:
+        wanted = self._callbacks.get(fd)
+        if wanted is None or wanted.pop(bit, None) is None:
+            return False
+        if wanted:
+            self._selector.modify(fd, sum(wanted))
+        else:
+            del self._callbacks[fd]
+            self._selector.unregister(fd)
+        return True

@@ -1,0 +1,170 @@
+"""From a model's file to machine code: on a thread of its own, with a throw-away worker that compiles."""
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from typing import TYPE_CHECKING, Any
+
+from spark_runtime.config import Model
+from spark_runtime.errors import ModelUnusable, SparkClosed, SparkError
+from spark_runtime.models.identity import engine_identity
+from spark_runtime.models.prepared import ModelCache, ModelFile, Prepared
+from spark_runtime.pool.loop import PoolLoop
+from spark_runtime.processes.channel import LoopChannel
+from spark_runtime.processes.nursery import Process, shared_page, this_interpreter
+from spark_workers.messages import Compile, Compiled, Message, Refused
+
+if TYPE_CHECKING:
+    from spark_runtime.models.interpreter import Interpreter
+
+ENTRY = "spark_workers.replicas.compiling:start"
+COMPILE_SECONDS = 600  # of wall time and of processor time on each core together
+COMPILE_BYTES = 8 << 30
+NOTICE_SECONDS = 1.0
+
+#: Starts a process at an entry with the descriptors that every worker gets; called on the loop.
+StartProcess = Callable[[Model, Process, str, list[int]], None]
+
+
+class Preparer:
+    """Prepares models. `prepare` blocks, so it is called on a thread that may."""
+
+    def __init__(self, loop: PoolLoop, start: StartProcess, cache: ModelCache, note: Callable[[str], None]) -> None:
+        self._loop = loop
+        self._start = start
+        self._cache = cache
+        self._note = note
+        self._interpreters: dict[str | None, Interpreter] = {}
+        self._workers: set[_CompileWorker] = set()
+
+    def command(self, model: Model) -> list[str]:
+        """Return what starts the nursery of a model that is prepared."""
+        if model.engine != "wasmer":
+            return this_interpreter()
+        from spark_runtime.models.interpreter import nursery_command
+
+        return nursery_command(self._interpreters[model.python])
+
+    def prepare(self, model: Model) -> tuple[ModelFile, Prepared]:
+        """Read, compile if need be, and return the module with its code.
+
+        Raises:
+            ModelUnusable, ModelNotFound, EngineMissing, StoreError: It cannot be; the message says why.
+        """
+        file = ModelFile.read(model.path)
+        if model.engine == "wasmer":
+            from spark_runtime.models.interpreter import find_interpreter
+
+            self._interpreters[model.python] = find_interpreter(model.python, model.engine)
+            identity = self._interpreters[model.python].identity
+        else:
+            identity = engine_identity(model.engine)
+        prepared = self._cache.prepare(
+            file, identity, model.settings(), lambda source, code: self._compile(model, file, source, code)
+        )
+        return file, prepared
+
+    def discard(self, prepared: Prepared) -> None:
+        """Forget code that the engine refused."""
+        self._cache.discard(prepared)
+
+    def close(self) -> None:
+        """Have whoever waits for a compilation wait no more; the loop has ended."""
+        for worker in list(self._workers):
+            worker.abandon()
+
+    def _compile(self, model: Model, file: ModelFile, source: int, code: int) -> dict[str, Any]:
+        answer: Future[dict[str, Any]] = Future()
+        began = time.monotonic()
+        limits = [COMPILE_SECONDS, COMPILE_BYTES]
+        message = Compile(model.engine, model.settings(), limits)
+        worker = _CompileWorker(model, self._loop, answer, self._workers.discard)
+        self._workers.add(worker)
+        descriptors = [os.dup(source), os.dup(code)]
+        self._loop.post(lambda: worker.start(self._start, message, descriptors))
+        try:
+            return answer.result(NOTICE_SECONDS)
+        except FutureTimeout:
+            if answer.done():
+                raise
+        self._note(f"compiling {file.path.name} ({file.size / 1e6:.1f} MB), once; later starts take it from the cache")
+        try:
+            report = answer.result(COMPILE_SECONDS)
+        except FutureTimeout:
+            self._loop.post(worker.kill)
+            raise ModelUnusable(
+                f"model {model.name!r}: compiling takes longer than {COMPILE_SECONDS} s", "over-limit"
+            ) from None
+        self._note(f"compiled {file.path.name} in {time.monotonic() - began:.1f} s")
+        return report
+
+
+class _CompileWorker:
+    """One process that compiles one module and ends. All of it happens on the loop."""
+
+    def __init__(
+        self,
+        model: Model,
+        loop: PoolLoop,
+        answer: "Future[dict[str, Any]]",
+        on_end: Callable[["_CompileWorker"], None],
+    ) -> None:
+        self._on_end = on_end
+        self._model = model
+        self._loop = loop
+        self._answer = answer
+        self._channel: LoopChannel | None = None
+        self._process = Process(0, self._exited, lambda stopped: None)
+
+    def start(self, start: StartProcess, message: Compile, descriptors: list[int]) -> None:
+        """Start the process and tell it what to do; what cannot be started fails the answer."""
+        ours, theirs = socket.socketpair()
+        self._channel = LoopChannel(self._loop, ours, self._deal, lambda reason: None)
+        try:
+            start(self._model, self._process, ENTRY, [theirs.detach(), shared_page(), os.dup(2), os.dup(2)])
+        except SparkError as problem:
+            self._channel.close()
+            self._on_end(self)
+            for each in descriptors:
+                os.close(each)
+            self._answer.set_exception(problem)
+            return
+        self._channel.send(message, descriptors)
+
+    def kill(self) -> None:
+        """End it."""
+        self._process.kill()
+
+    def abandon(self) -> None:
+        """Let go of it: the loop has ended."""
+        if self._channel is not None:
+            self._channel.disown()
+        if not self._answer.done():
+            self._answer.set_exception(SparkClosed("this Spark was closed while a model was compiled"))
+
+    def _deal(self, message: Message, descriptors: list[int]) -> None:
+        if self._answer.done():
+            return
+        if isinstance(message, Compiled):
+            self._answer.set_result(message.report)
+        elif isinstance(message, Refused):
+            text = f"model {self._model.name!r}: {message.message}"
+            self._answer.set_exception(ModelUnusable(text, message.kind, message.details))
+
+    def _exited(self, status: int) -> None:
+        assert self._channel is not None
+        self._channel.drain()
+        self._channel.close()
+        self._on_end(self)
+        if not self._answer.done():
+            how = f"exit code {status}" if status >= 0 else f"signal {-status}"
+            self._answer.set_exception(
+                ModelUnusable(
+                    f"model {self._model.name!r}: the process that compiled it ended ({how}); the module may be "
+                    f"broken, or need more than {COMPILE_BYTES >> 30} GiB or {COMPILE_SECONDS} s",
+                    "over-limit",
+                )
+            )

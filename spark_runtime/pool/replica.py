@@ -1,0 +1,212 @@
+"""One replica as the supervisor sees it: a process, a channel, a page, a pipe of tokens. It knows no futures."""
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+import msgpack
+
+from spark_runtime.errors import ProtocolViolated
+from spark_runtime.pool.job import Job
+from spark_runtime.pool.loop import PoolLoop
+from spark_runtime.processes.nursery import Nursery, Process, shared_page
+from spark_workers.channel import READ_SIZE
+from spark_workers.frames import FrameBroken, FrameDecoder, encode_frame
+from spark_workers.messages import Host, Message, MessageBroken, decode, encode
+from spark_workers.replicas.page import Page
+
+STABLE_SECONDS = 1.0  # a process that ends sooner, and was at no call, has not really started
+ENTRY = "spark_workers.replicas.worker:start"
+
+OnMessage = Callable[["Replica", Message], None]
+OnDeath = Callable[["Replica", int, str], None]
+OnStopped = Callable[["Replica", bool], None]
+
+
+class Replica:
+    """One process with one instance of a model.
+
+    Any thread sends, under the pool's *lock* and without waiting: what the socket does not take at once the loop sends
+    later. Everything else happens on the loop, and its callbacks are called without the lock. *worker* is the
+    nursery's number for it; its own, `number`, it has when it serves.
+    """
+
+    def __init__(
+        self,
+        worker: int,
+        loop: PoolLoop,
+        lock: threading.Lock,
+        nursery: Nursery,
+        host: Host,
+        on_message: OnMessage,
+        on_death: OnDeath,
+        on_stopped: OnStopped,
+    ) -> None:
+        self.number = 0
+        self.ready_at = 0.0  # monotonic; 0 while it starts or stands by
+        self.is_frozen = False
+        self._loop = loop
+        self._lock = lock
+        self._on_message = on_message
+        self._on_death = on_death
+        self._decoder = FrameDecoder()
+        self._unsent = bytearray()
+        self._reason = ""
+        self._last = 0
+        self.is_open = True
+        self._end, theirs = socket.socketpair()
+        self._end.setblocking(False)
+        bell = shared_page()
+        self._page = Page(bell)
+        self._token_read, self._token_write = os.pipe()
+        os.set_blocking(self._token_read, False)
+        os.set_blocking(self._token_write, False)
+        self._process = Process(worker, self._exited, lambda stopped: on_stopped(self, stopped))
+        # The worker's output is the guest's or a dying engine's: it goes where our own messages go.
+        nursery.start(self._process, ENTRY, [theirs.detach(), bell, _standard_error(), _standard_error()])
+        socket.send_fds(self._end, [encode_frame(encode(host), 1)], [self._token_read])
+        loop.add_reader(self._end.fileno(), self._read)
+
+    @property
+    def pid(self) -> int | None:
+        """The process, once it is there."""
+        return self._process.pid
+
+    def at(self) -> int:
+        """The serial of the last call that it began, also when it has ended."""
+        return self._page.at() if self.is_open else self._last
+
+    def has_failed_to_start(self) -> bool:
+        """Tell, when it has ended, whether it was ever of use."""
+        return self._last == 0 and time.monotonic() - self.ready_at < STABLE_SECONDS
+
+    # --- the dispatcher's port ---
+
+    def send(self, first: Job | None, ahead: list[Job]) -> None:
+        """Send calls; what is sent to a replica that is gone comes back when its death is dealt with."""
+        if not self.is_open:
+            return
+        data = b""
+        if first is not None:
+            data = _frame([[first.serial, first.function, first.payload]], False)
+        if ahead:
+            os.write(self._token_write, b"\1" * len(ahead))
+            data += _frame([[job.serial, job.function, job.payload] for job in ahead], True)
+        if self._unsent:
+            self._unsent += data
+            return
+        try:
+            sent = self._end.send(data)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            return  # it has ended; the nursery will say how
+        if sent < len(data):
+            self._unsent += memoryview(data)[sent:]
+            self._loop.post(self._write_later)
+
+    def take_back(self, count: int) -> int:
+        """Take back up to *count* tokens; whoever has the token has the call."""
+        if not self.is_open:
+            return 0
+        try:
+            return len(os.read(self._token_read, count))
+        except BlockingIOError:
+            return 0
+
+    # --- the process ---
+
+    def interrupt(self, serial: int) -> None:
+        """Have the guest interrupted, if it is at call *serial*."""
+        if self.is_open:
+            self._page.ask_stop(serial)
+            self._process.send_signal(signal.SIGUSR1)
+
+    def kill(self, reason: str) -> None:
+        """End the process at once; *reason* is told with its death."""
+        self._reason = self._reason or reason
+        if self.is_open:
+            self._process.kill()
+
+    def release(self) -> None:
+        """Let go of everything, when the loop has ended or in a fork of this process."""
+        if self.is_open:
+            self._release()
+
+    # --- on the loop ---
+
+    def _read(self) -> None:
+        self._receive()
+        self._deliver()
+
+    def _receive(self) -> bool:
+        """Receive once; tell whether there was anything."""
+        try:
+            data = self._end.recv(READ_SIZE)
+        except BlockingIOError:
+            return False
+        except OSError:
+            data = b""
+        if not data:
+            self._loop.remove_reader(self._end.fileno())  # the process has ended, or is about to
+            return False
+        self._decoder.feed(data)
+        return True
+
+    def _deliver(self) -> None:
+        try:
+            while (frame := self._decoder.next_frame()) is not None:
+                self._on_message(self, decode(frame.payload))
+        except (FrameBroken, MessageBroken, ProtocolViolated) as problem:
+            self._loop.remove_reader(self._end.fileno())
+            self.kill(f"it broke the protocol: {problem}")
+
+    def _write_later(self) -> None:
+        if self.is_open and self._unsent:
+            self._loop.add_writer(self._end.fileno(), self._write)
+
+    def _write(self) -> None:
+        with self._lock:
+            try:
+                sent = self._end.send(self._unsent)
+                del self._unsent[:sent]
+            except BlockingIOError:
+                return
+            except OSError:
+                self._unsent.clear()
+            if not self._unsent:
+                self._loop.remove_writer(self._end.fileno())
+
+    def _exited(self, status: int) -> None:
+        while self._receive():
+            pass
+        self._deliver()
+        self._loop.remove_reader(self._end.fileno())
+        self._loop.remove_writer(self._end.fileno())
+        with self._lock:
+            self._last = self._page.at()
+            self._release()
+        self._on_death(self, status, self._reason)
+
+    def _release(self) -> None:
+        self.is_open = False
+        self._unsent.clear()
+        self._end.close()
+        self._page.close()
+        os.close(self._token_read)
+        os.close(self._token_write)
+
+
+def _frame(calls: list[list[object]], ahead: bool) -> bytes:
+    # Without the checks of `encode`: the types are right by construction, and this is the hot path.
+    return encode_frame(msgpack.packb(["Work", calls, ahead]))
+
+
+def _standard_error() -> int:
+    try:
+        return os.dup(2)
+    except OSError:  # a program without one
+        return os.open(os.devnull, os.O_WRONLY)
