@@ -9,8 +9,12 @@ import spark_runtime
 
 _COMMANDS = {
     "run": ("spark_cli.run", "Run a script; reload it when it is saved, keep its state."),
+    "batch": ("spark_cli.batch", "Run every row of a file through a WASM model."),
     "ctl": ("spark_cli.ctl", "Steer a run from another shell."),
+    "models": ("spark_cli.models", "Look at models and at what is prepared of them."),
+    "doctor": ("spark_cli.doctor", "Say what is in force on this machine, and what will not work."),
     "init": ("spark_cli.init", "Write a script to start from."),
+    "exec": ("spark_cli.execute", "Run a model once."),
 }
 
 USAGE = 2
