@@ -2,13 +2,12 @@
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 import click
-import watchfiles
 
 from spark_runtime.config import Model
 from spark_runtime.errors import SparkError
+from spark_runtime.models.watching import signatures, watch_folders
 from spark_runtime.runtime import Spark
 
 
@@ -17,11 +16,11 @@ def repeat(once: Callable[[], int], spark: Spark, model: Model, request: str | N
     paths = {os.path.realpath(model.path)}
     if request is not None and request.startswith("@"):
         paths.add(os.path.realpath(request[1:]))
+    seen = signatures(paths)
     _try(once)
-    folders = {str(Path(path).parent) for path in paths}
-    for changes in watchfiles.watch(*folders, watch_filter=None, step=20, debounce=200, recursive=False):
-        changed = {path for _, path in changes} & paths
-        if any(os.path.exists(path) for path in changed):
+    for _ in watch_folders(paths, None):
+        if (now := signatures(paths)) != seen and all(now.values()):
+            seen = now
             _try(lambda: _again(once, spark))
 
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import spark_workers
 from spark_runtime.errors import EngineMissing
+from spark_runtime.processes.children import our_children
 from spark_workers.engines.wasmer_engine import FORMAT
 
 IDENTIFY_SECONDS = 10.0
@@ -186,7 +187,7 @@ def _run(command: list[str]) -> tuple[int, bytes, bytes]:
         OSError: It cannot be started.
         TimeoutError: It took too long.
     """
-    process = subprocess.Popen(
+    process = our_children.start(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
     )
     limit = time.monotonic() + IDENTIFY_SECONDS

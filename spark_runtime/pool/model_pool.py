@@ -283,7 +283,7 @@ class ModelPool:
         self._prepared, self._before, self._old = self._before or self._prepared, None, []
         self._failures = 0
         self._drop_starting("its code cannot be used")
-        error = ModelUnusable(f"model {self.model.name!r}: the old code goes on, the new one cannot be used: {reason}")
+        error = ModelUnusable(f"{reason}; the old code goes on")
         if self._renewal is None:
             self._owner.note(str(error))
         else:

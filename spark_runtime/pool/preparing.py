@@ -59,7 +59,7 @@ class Preparer:
             from spark_runtime.models.interpreter import find_interpreter
 
             self._interpreters[model.python] = find_interpreter(model.python, model.engine)
-            identity = self._interpreters[model.python].identity
+            identity = self._interpreters[model.python].identity_for(model.settings())
         else:
             identity = engine_identity(model.engine)
         prepared = self._cache.prepare(
