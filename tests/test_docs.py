@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from harness import SECONDS, spark
 
 TOP = Path(__file__).parent.parent
 PAGES = [TOP / "README.md", *sorted((TOP / "docs").glob("*.md"))]
+MODEL = TOP / "tests" / "models" / "json_model.wasm"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.M | re.S)
 
 
@@ -41,8 +43,21 @@ def test_python_example_runs_under_the_runtime_and_without_it(source: str, tmp_p
     assert plain.stdout == run.stdout
 
 
+@pytest.mark.parametrize("source", _parameters("py"))
+def test_program_example_runs(source: str, tmp_path: Path) -> None:
+    shutil.copy(MODEL, tmp_path / "pricing.wasm")
+    (tmp_path / "program.py").write_text(source)
+    done = subprocess.run(
+        [sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+    assert not done.stderr
+
+
 @pytest.mark.parametrize("commands", _parameters("sh"))
 def test_command_example_runs(commands: str, tmp_path: Path) -> None:
+    shutil.copy(MODEL, tmp_path / "pricing.wasm")
     here = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         ["sh", "-e", "-c", commands],

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from spark_cli.model_options import build_model, model_options
-from spark_cli.words import visible
+from spark_cli.words import plural, visible
 from spark_runtime.config import Model
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ class Job:
         for problem in found.unusable[:3]:
             _say(str(problem))
         bad = len(found.unusable)
-        _say(f"dry run: {found.rows:,} rows looked at, {bad:,} of them unusable; nothing is written")
+        _say(f"dry run: {_rows(found.rows)} looked at, {bad:,} of them unusable; nothing is written")
         if found.line is not None:
             _say("the first usable row would give:")
             sys.stdout.write(found.line.decode())
@@ -288,7 +288,7 @@ class View:
             texts = []
             if self._progress.state == "running" and self._progress.before and "before" not in said:
                 said.add("before")
-                texts.append(f"{self._name} has {self._progress.before:,} rows; going on from there")
+                texts.append(f"{self._name} has {_rows(self._progress.before)}; going on from there")
             if self._stop.asked and "stop" not in said:
                 said.add("stop")
                 texts.append("stopping as soon as the rows that are out have come back; Ctrl-C again ends at once")
@@ -300,7 +300,7 @@ class View:
         progress = self._progress
         rows, failed, seconds = progress.all_rows(), progress.all_failed(), progress.seconds()
         rate = progress.rows / seconds if seconds else 0.0
-        parts = [f"{rows:,} rows" if self._total is None else f"{rows:,} of {max(self._total, rows):,} rows"]
+        parts = [_rows(rows) if self._total is None else f"{rows:,} of {_rows(max(self._total, rows))}"]
         if failed:
             parts.append(f"{failed:,} failed")
         parts.append(f"{rate:,.1f} rows/s")
@@ -313,15 +313,19 @@ def _summary(name: str, progress: "Progress", is_ordered: bool) -> list[str]:
     rows, failed, seconds = progress.all_rows(), progress.all_failed(), progress.seconds()
     failures = f", {failed:,} failed" if failed else ""
     if progress.state == "finished":
-        return [f"{name} is finished already: {rows:,} rows{failures}"]
+        return [f"{name} is finished already: {_rows(rows)}{failures}"]
     if progress.state == "stopped":
         if name == "stdout":
-            return [f"stopped after {rows:,} rows{failures}"]
+            return [f"stopped after {_rows(rows)}{failures}"]
         where = f" at row {rows}" if is_ordered else " with those that are missing"
-        return [f"stopped; {name} has {rows:,} rows{failures}, and the same command goes on{where}"]
-    there = f" and {progress.before:,} were there" if progress.before else ""
+        return [f"stopped; {name} has {_rows(rows)}{failures}, and the same command goes on{where}"]
+    there = f" and {progress.before:,} from before" if progress.before else ""
     rate = progress.rows / seconds if seconds else 0.0
-    return [f"{name}: {progress.rows:,} rows in {seconds:,.1f} s ({rate:,.1f} rows/s){there}{failures}"]
+    return [f"{name}: {_rows(progress.rows)} in {seconds:,.1f} s ({rate:,.1f} rows/s){there}{failures}"]
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} {plural('row', count)}"
 
 
 def _refuse_same(source: str, output: str) -> None:

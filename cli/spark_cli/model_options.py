@@ -1,16 +1,13 @@
 """The options that every command with a model has, and the `Model` made of them."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from spark_runtime.config import ENGINES, GIB, INTERRUPTS, MODEL_KINDS, Model
+from spark_runtime.config import ENGINES, GIB, INTERRUPTS, MODEL_KINDS, Model, parse_size
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
-_SIZE = re.compile(r"(\d+)\s*([kmg]i?)?b?", re.IGNORECASE)
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -22,10 +19,10 @@ class Size(click.ParamType):  # type: ignore[type-arg]
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
-        found = _SIZE.fullmatch(value.strip())
-        if found is None:
-            self.fail(f"{value!r} is not a size such as 268435456, 256MiB or 2GiB", param, ctx)
-        return int(found[1]) * _UNITS[(found[2] or "").lower()]
+        try:
+            return parse_size(value)
+        except ValueError as problem:
+            self.fail(f"{value!r} is not {problem}", param, ctx)
 
 
 _OPTIONS = (

@@ -47,8 +47,8 @@ def start(channel_descriptor: int, bell_descriptor: int) -> int:
     replica = Replica(end, channel, page, host, descriptors[0])
     if settings.epochs:
         replica.listen_for_stops()
-    channel.send(Hosted())
     try:
+        channel.send(Hosted())
         replica.serve()
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the supervisor has let this replica go, or is gone
