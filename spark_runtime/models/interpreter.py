@@ -15,6 +15,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ def find_interpreter(python: str | None, engine: str) -> Interpreter:
     """Return the interpreter *python*, which can run *engine*. What was found once is not looked at again.
 
     Args:
-        python: A path, or a name to look for on PATH. None: ``python3.10``, the newest that wasmer has wheels for.
+        python: A path, or a name to look for on PATH. None: for wasmer ``python3.10``, else this interpreter.
         engine: ``"wasmer"`` or ``"wasmtime"``.
 
     Raises:
@@ -103,14 +104,14 @@ def _look(python: str | None, engine: str) -> Interpreter:
     note = ""
     if compiler.startswith("singlepass"):
         note = (
-            f"{path} has only the singlepass compiler, whose code takes about twice the time; for a better one run "
+            f"{path} has only the singlepass compiler, which does not optimize; for one that does, run "
             f"`{_install(path, engine)}`"
         )
     return Interpreter(found["executable"] or path, found["python"], engine, " ".join(filter(None, parts)), note)
 
 
 def _executable(python: str | None, engine: str) -> str:
-    wanted = os.path.expanduser(python or _WASMER_PYTHON)
+    wanted = os.path.expanduser(python or (_WASMER_PYTHON if engine == "wasmer" else sys.executable))
     path = shutil.which(wanted)
     if path is not None:
         return path
@@ -150,12 +151,12 @@ def _identify(path: str, engine: str) -> dict[str, Any]:
     command = [path, *_FLAGS, str(BOOTSTRAP), "identify", engine]
     try:
         status, output, errors = _run(command)
-    except OSError as problem:
-        raise EngineMissing(f"{path} cannot be run: {problem.strerror}{_other(engine)}") from problem
     except TimeoutError:
         raise EngineMissing(
             f"{path} does not say within {IDENTIFY_SECONDS:g} s which Python it is{_other(engine)}"
         ) from None
+    except OSError as problem:
+        raise EngineMissing(f"{path} cannot be run: {problem.strerror}{_other(engine)}") from problem
     if status != 0:
         how = f"exit code {status}" if status > 0 else f"signal {-status}"
         raise EngineMissing(f"{path} ends with {how} when it is asked what it is{_quoted(errors)}{_other(engine)}")

@@ -137,7 +137,7 @@ class Dispatcher:
         self._learn(seconds)
         if not lane.sent and lane.is_open:
             self._idle.append(lane)
-        if self.waiting_count:
+        if self.waiting_count and len(lane.sent) <= self.window // 2:  # nothing has changed for other lanes
             self._feed()
         if job.state == FINISHED:
             return None
@@ -197,16 +197,17 @@ class Dispatcher:
         """Finish a call that a replica has; return its lane if the replica has to be stopped for that.
 
         It has to if it may be at the call. It has not if it had not begun it, or has begun a later one, because then
-        the answer is under way. With *close* the lane is closed then, so that nothing more is sent to the replica.
+        the answer is under way. With *close* the lane is closed then, so that nothing more is sent to the replica; the
+        calls that it still has were answered, and their answers are under way.
         """
         job.state = FINISHED
         lane = job.lane
         assert lane is not None
         taken = lane.take_back()
-        must_stop = len(lane.sent) == 1 and lane.sent[0] is job
+        must_stop = bool(lane.sent) and lane.sent[-1] is job  # what is left was begun, in order: it is at the last
         if must_stop and close:
             self._forget(lane)
-            lane.sent.clear()
+            lane.sent.pop()
         self.give_back(taken)
         return lane if must_stop else None
 

@@ -1,13 +1,15 @@
 """One call on its way: what the dispatcher moves, and the future that a caller holds."""
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from spark_runtime.errors import ExecuteError
 from spark_workers.futures import StoppableFuture
 
 if TYPE_CHECKING:
     from spark_runtime.pool.dispatch import Lane
+
+_log = logging.getLogger("spark_runtime")
 
 WAITING, SENT, FINISHED = "waiting", "sent", "finished"
 NEVER = float("inf")
@@ -21,10 +23,11 @@ class Job:
         lane: The way to the replica that has it, or had it last.
         deadline: When it fails, in monotonic seconds.
         limit: Seconds from when a replica gets it, in place of a deadline from the start; None for a fixed one.
-        ended: How many replicas ended at it, or before it when it was the next.
+        ended: How many replicas ended at it.
+        ended_before: How many ended when it was the next that they would have begun.
     """
 
-    __slots__ = ("deadline", "ended", "function", "lane", "limit", "payload", "serial", "state")
+    __slots__ = ("deadline", "ended", "ended_before", "function", "lane", "limit", "payload", "serial", "state")
 
     def __init__(self, function: str, payload: bytes, deadline: float = NEVER, limit: float | None = None) -> None:
         self.function = function
@@ -35,6 +38,7 @@ class Job:
         self.serial = 0
         self.lane: Lane | None = None
         self.ended = 0
+        self.ended_before = 0
 
     def resolve(self, answer: bytes, replica: int) -> None:
         """Take the answer. Called once, without the lock, usually on the loop's thread."""
@@ -85,11 +89,19 @@ class Call(Job, StoppableFuture):
         self.replica = replica
         try:
             value = self._read(answer, self.model, replica)
-        except ExecuteError as problem:
-            self.set_exception(problem)
+        except Exception as problem:  # noqa: BLE001 - the answer's fault or one of ours: whoever waits must hear of it
+            self.fail(problem)
         else:
-            self.set_result(value)
+            _hand_over(self.set_result, value)
 
     def fail(self, error: Exception) -> None:
         """Hand the error over."""
-        self.set_exception(error)
+        _hand_over(self.set_exception, error)
+
+
+def _hand_over(settle: Callable[[Any], None], value: Any) -> None:
+    """Settle a future; what a callback of its owner's raises, SystemExit included, keeps nobody else's answer back."""
+    try:
+        settle(value)
+    except BaseException:  # noqa: BLE001 - it is told, and there is nobody to raise it to
+        _log.exception("a callback of a call raised")

@@ -52,6 +52,8 @@ class PoolLoop:
         self._selector.register(self._wake_read, _READ)
         self._is_woken = False
         self._is_closing = False
+        self._has_ended = False
+        self._waking = threading.Lock()  # also taken to close the pipe: its number may be another file's then
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
@@ -78,9 +80,8 @@ class PoolLoop:
 
     def disown(self) -> None:
         """Let go of everything in a fork of this process, whose loop thread does not exist."""
-        self._selector.close()
-        os.close(self._wake_read)
-        os.close(self._wake_write)
+        self._waking = threading.Lock()  # whoever held it does not exist either
+        self._end()
 
     # --- for the loop's own thread ---
 
@@ -113,8 +114,10 @@ class PoolLoop:
             events = self._selector.select(self._patience())
             for key, mask in events:
                 if key.fd == self._wake_read:
-                    self._is_woken = False  # before reading: a post between the two wakes once more, which is harmless
                     os.read(self._wake_read, 4096)
+                    # After reading: what is posted between the two is among what is called below. The other way
+                    # round its byte is read with the others, and nobody wakes this thread any more.
+                    self._is_woken = False
                     continue
                 wanted = self._callbacks.get(key.fd, {})
                 for bit in (_READ, _WRITE):
@@ -123,9 +126,7 @@ class PoolLoop:
             while self._posted:
                 self._call(self._posted.popleft())
             self._call_due()
-        self._selector.close()
-        os.close(self._wake_read)
-        os.close(self._wake_write)
+        self._end()
 
     def _patience(self) -> float | None:
         if self._posted or self._is_closing:
@@ -147,15 +148,24 @@ class PoolLoop:
     def _call(self, callback: Callback) -> None:
         try:
             callback()
-        except Exception:  # noqa: BLE001
+        except BaseException:  # noqa: BLE001
             # A fault of ours must not end the one thread that every call depends on; it is told in full.
             _log.exception("an internal error of the pool, please report it")
 
     def _wake(self) -> None:
-        try:
-            os.write(self._wake_write, b"\0")
-        except (BlockingIOError, OSError):
-            pass  # it is full, so the loop will wake; or it is closed, so there is no loop to wake
+        with self._waking:
+            try:
+                if not self._has_ended:
+                    os.write(self._wake_write, b"\0")
+            except BlockingIOError:
+                pass  # it is full, so the loop will wake
+
+    def _end(self) -> None:
+        with self._waking:
+            self._has_ended = True
+            self._selector.close()
+            os.close(self._wake_read)
+            os.close(self._wake_write)
 
     def _set(self, fd: int, bit: int, callback: Callback) -> None:
         wanted = self._callbacks.setdefault(fd, {})

@@ -35,9 +35,9 @@ from spark_runtime.models.prepared import Prepared
 from spark_runtime.pool.dispatch import Dispatcher, Lane
 from spark_runtime.pool.job import FINISHED, WAITING, Job
 from spark_runtime.pool.loop import PoolLoop
-from spark_runtime.pool.replica import OnDeath, OnMessage, OnStopped, Replica
+from spark_runtime.pool.replica import Observer, Replica
 from spark_runtime.pool.statistics import ModelStatistics, ReplicaStatistics, memory_of, quantile
-from spark_workers.messages import Answered, Failed, Host, Hosted, Message, Printed, Refused
+from spark_workers.messages import Failed, Host, Hosted, Message, Printed, Refused
 
 _log = logging.getLogger("spark_runtime")
 
@@ -45,7 +45,7 @@ PREPARING, STARTING, READY, CLOSED = "preparing", "starting", "ready", "closed"
 RELIEF_SECONDS = 0.005  # a call that takes longer holds nothing behind it
 INTERRUPT_SECONDS = 0.2  # a guest that an epoch does not stop within this is killed
 FROZEN_SECONDS = 1.0
-MAX_ENDED = 2  # processes that a call may end before it is held to be the cause
+MAX_ENDED = 2  # processes, beside those that idle, that a call may end unbegun before it is held to be the cause
 MAX_FAILURES = 3  # starts in a row that came to nothing
 BACKOFF_SECONDS = 0.1
 MAX_BACKOFF_SECONDS = 30.0
@@ -69,10 +69,11 @@ class Owner(Protocol):
     loop: PoolLoop
     lock: threading.Lock
 
-    def start_replica(
-        self, model: Model, host: Host, on_message: OnMessage, on_death: OnDeath, on_stopped: OnStopped
-    ) -> Replica:
+    def start_replica(self, model: Model, host: Host, observer: Observer) -> Replica:
         """Start a process. Raises NurseryDied."""
+
+    def ended(self, replica: Replica) -> None:
+        """Take notice that a process has ended."""
 
     def prepare(self, models: "ModelPool", turn: int, *, anew: bool) -> None:
         """Have the model prepared; `ModelPool.prepared` or `ModelPool.failed` follows, with *turn*."""
@@ -311,9 +312,7 @@ class ModelPool:
             report = self._prepared.report
             host = Host(self.model.engine, str(report["kind"]), str(self._prepared.code), self.model.settings())
             try:
-                replica = self._owner.start_replica(
-                    self.model, host, self._on_message, self._on_death, self._on_stopped
-                )
+                replica = self._owner.start_replica(self.model, host, self)
             except NurseryDied as problem:
                 self._owner.loop.post(partial(self.failed, problem))
                 return
@@ -367,8 +366,11 @@ class ModelPool:
 
     def _kill(self, replica: Replica, reason: str) -> None:
         """Kill a process whose lane is closed, and have its place taken: by the spare at once, else by a new one."""
+        lane = dict(self._lanes()).get(replica)
         replica.kill(reason)
         self._vacate(replica)
+        if lane is not None and lane.sent:
+            self._retired[replica] = lane  # until the answers that it has sent are read
         self._wants_spare = True  # a model whose calls are stopped has the next replica at hand from now on
         self._fill_soon()
 
@@ -404,12 +406,15 @@ class ModelPool:
 
     # --- what processes tell, on the loop ---
 
-    def _on_message(self, replica: Replica, message: Message) -> None:
-        if isinstance(message, Answered):
-            job = self._finish(replica, message.serial, message.seconds)
-            if job is not None:
-                job.resolve(message.answer, replica.number)
-        elif isinstance(message, Failed):
+    def on_answer(self, replica: Replica, serial: int, answer: bytes, seconds: float) -> None:
+        """Give an answer to whoever waits for it."""
+        job = self._finish(replica, serial, seconds)
+        if job is not None:
+            job.resolve(answer, replica.number)
+
+    def on_message(self, replica: Replica, message: Message) -> None:
+        """Act on anything else that a process says."""
+        if isinstance(message, Failed):
             job = self._finish(replica, message.serial, message.seconds)
             if job is not None:
                 self.failed_calls += 1
@@ -438,8 +443,8 @@ class ModelPool:
             elif not lane.sent:
                 del self._retired[replica]
                 replica.kill("newer code took its place")
-            is_busy = bool(lane.sent) or self.is_busy()
-        if not is_busy:
+            is_idle = not lane.sent and not self.is_busy()
+        if is_idle:
             self._owner.idle()
         return job
 
@@ -461,7 +466,7 @@ class ModelPool:
         text = f"model {self.model.name!r}: {message.message}"
         self.failed(ModelUnusable(text, message.kind, message.details))
 
-    def _on_stopped(self, replica: Replica, is_stopped: bool) -> None:
+    def on_stopped(self, replica: Replica, is_stopped: bool) -> None:
         """Give a process that the kernel reports stopped a second to go on: until then nobody else can tell."""
         replica.is_frozen = is_stopped
         if is_stopped:
@@ -471,7 +476,9 @@ class ModelPool:
         if replica.is_frozen:
             replica.kill("it was stopped by a signal and did not go on")
 
-    def _on_death(self, replica: Replica, status: int, reason: str) -> None:
+    def on_death(self, replica: Replica, status: int, reason: str) -> None:
+        """Say what became of the calls that a dead process had, and have its place taken."""
+        self._owner.ended(replica)
         how = _how(status, reason)
         told: list[tuple[Job, SparkError]] = []
         back: list[Job] = []
@@ -488,7 +495,8 @@ class ModelPool:
                 return  # it was to end
             is_sudden = was_starting or (lane is not None and not told and replica.has_failed_to_start())
             self._failures += is_sudden
-            is_hopeless = self._failures >= MAX_FAILURES and not self._serving
+            # Only one that never came to serve says that none can; somebody may kill as many as he likes that idle.
+            is_hopeless = was_starting and self._failures >= MAX_FAILURES and not self._serving
             if not is_hopeless:
                 exponent = max(0, self._failures - 1)
                 delay = min(MAX_BACKOFF_SECONDS, BACKOFF_SECONDS * 2**exponent) if self._failures else 0.0
@@ -506,11 +514,14 @@ class ModelPool:
         name, number = self.model.name, replica.number
         for place, job in enumerate(each for each in jobs if each.state != FINISHED):
             was_begun = job.serial <= replica.at()
-            job.ended += was_begun or place == 0
+            job.ended += was_begun
+            # The next one it would have begun may have killed it while it was read. Or the process was dead before:
+            # several that idle may be killed at once, and a call can meet each of them.
+            job.ended_before += not was_begun and place == 0
             if was_begun and job.ended > self.model.retries:
                 text = f"the process ended while it was at this call ({how})"
-            elif job.ended >= MAX_ENDED and job.ended > self.model.retries:
-                text = f"{job.ended} processes in a row ended at this call ({how}); it is not tried again"
+            elif job.ended_before >= MAX_ENDED + len(self._slots):
+                text = f"{job.ended_before} processes ended before they began this call ({how}); it is not tried again"
             else:
                 back.append(job)
                 continue

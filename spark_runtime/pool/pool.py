@@ -20,7 +20,7 @@ from spark_runtime.pool.job import FINISHED, NEVER, Job
 from spark_runtime.pool.loop import PoolLoop, Timer
 from spark_runtime.pool.model_pool import CLOSED, ModelPool
 from spark_runtime.pool.preparing import Preparer
-from spark_runtime.pool.replica import OnDeath, OnMessage, OnStopped, Replica
+from spark_runtime.pool.replica import Observer, Replica
 from spark_runtime.pool.statistics import Statistics
 from spark_runtime.processes.nursery import Nursery, Process
 from spark_workers.messages import Host
@@ -29,7 +29,12 @@ _log = logging.getLogger("spark_runtime")
 
 PRELOADED = {
     "wasmtime": ["spark_workers.replicas.worker", "spark_workers.engines.wasmtime_engine", "spark_workers.hosts.host"],
-    "wasmer": ["spark_workers.replicas.worker", "spark_workers.engines.wasmer_engine", "spark_workers.hosts.host"],
+    "wasmer": [
+        "wasmer",
+        "spark_workers.replicas.worker",
+        "spark_workers.engines.wasmer_engine",
+        "spark_workers.hosts.host",
+    ],
 }
 END_SECONDS = 3.0
 MAX_LOST = 3  # nurseries in a row that ended before they were ready
@@ -106,7 +111,7 @@ class Pool:
     def stop(self, name: str, job: Job) -> bool:
         """Finish a call, wherever it is; return False if it had finished. Whoever stops it tells its caller."""
         with self.lock:
-            if job.state == FINISHED:
+            if job.state == FINISHED or self._is_closed:  # closed with calls only in a fork of the program
                 return False
             self._loaded[name].stop(job)
         return True
@@ -254,6 +259,10 @@ class Pool:
             del self._loaded[name]
         self._unusable[name] = (time.monotonic() + RETRY_SECONDS, error)
 
+    def ended(self, replica: Replica) -> None:
+        """Forget a process that has ended."""
+        self._replicas.discard(replica)
+
     def idle(self) -> None:
         """Go back to as many models as may be loaded, now that one has nothing to do."""
         if len(self._loaded) > self._max_models:
@@ -262,18 +271,11 @@ class Pool:
 
     # --- processes, on the loop ---
 
-    def start_replica(
-        self, model: Model, host: Host, on_message: OnMessage, on_death: OnDeath, on_stopped: OnStopped
-    ) -> Replica:
+    def start_replica(self, model: Model, host: Host, observer: Observer) -> Replica:
         """Start a process for a model. Raises NurseryDied."""
         nursery = self._nursery(model)
         self._workers += 1
-
-        def forget(replica: Replica, status: int, reason: str) -> None:
-            self._replicas.discard(replica)
-            on_death(replica, status, reason)
-
-        replica = Replica(self._workers, self.loop, self.lock, nursery, host, on_message, forget, on_stopped)
+        replica = Replica(self._workers, self.loop, self.lock, nursery, host, observer)
         self._replicas.add(replica)
         return replica
 

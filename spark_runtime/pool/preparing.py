@@ -24,6 +24,7 @@ ENTRY = "spark_workers.replicas.compiling:start"
 COMPILE_SECONDS = 600  # of wall time and of processor time on each core together
 COMPILE_BYTES = 8 << 30
 NOTICE_SECONDS = 1.0
+FROZEN_SECONDS = 1.0
 
 #: Starts a process at an entry with the descriptors that every worker gets; called on the loop.
 StartProcess = Callable[[Model, Process, str, list[int]], None]
@@ -117,7 +118,8 @@ class _CompileWorker:
         self._loop = loop
         self._answer = answer
         self._channel: LoopChannel | None = None
-        self._process = Process(0, self._exited, lambda stopped: None)
+        self._is_frozen = False
+        self._process = Process(0, self._exited, self._stopped)
 
     def start(self, start: StartProcess, message: Compile, descriptors: list[int]) -> None:
         """Start the process and tell it what to do; what cannot be started fails the answer."""
@@ -137,6 +139,16 @@ class _CompileWorker:
     def kill(self) -> None:
         """End it."""
         self._process.kill()
+
+    def _stopped(self, is_stopped: bool) -> None:
+        """Give it a second to go on when the kernel reports it stopped; nobody would ever hear of it otherwise."""
+        self._is_frozen = is_stopped
+        if is_stopped:
+            self._loop.call_later(FROZEN_SECONDS, self._end_frozen)
+
+    def _end_frozen(self) -> None:
+        if self._is_frozen:
+            self.kill()
 
     def abandon(self) -> None:
         """Let go of it: the loop has ended."""

@@ -5,7 +5,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from typing import Protocol
 
 import msgpack
 
@@ -15,15 +15,27 @@ from spark_runtime.pool.loop import PoolLoop
 from spark_runtime.processes.nursery import Nursery, Process, shared_page
 from spark_workers.channel import READ_SIZE
 from spark_workers.frames import FrameBroken, FrameDecoder, encode_frame
-from spark_workers.messages import Host, Message, MessageBroken, decode, encode
+from spark_workers.messages import Host, Message, MessageBroken, answer_in, decode, encode
 from spark_workers.replicas.page import Page
 
 STABLE_SECONDS = 1.0  # a process that ends sooner, and was at no call, has not really started
 ENTRY = "spark_workers.replicas.worker:start"
 
-OnMessage = Callable[["Replica", Message], None]
-OnDeath = Callable[["Replica", int, str], None]
-OnStopped = Callable[["Replica", bool], None]
+
+class Observer(Protocol):
+    """Whoever looks after a replica. Called on the loop, without the pool's lock."""
+
+    def on_answer(self, replica: "Replica", serial: int, answer: bytes, seconds: float) -> None:
+        """Piece of work *serial* gave *answer*, after *seconds* in the guest."""
+
+    def on_message(self, replica: "Replica", message: Message) -> None:
+        """It said anything else. What it must not say raises ProtocolViolated."""
+
+    def on_death(self, replica: "Replica", status: int, reason: str) -> None:
+        """Its process has ended, and everything it said was told. *reason* is ours, if we ended it."""
+
+    def on_stopped(self, replica: "Replica", is_stopped: bool) -> None:
+        """The kernel reports its process stopped, or going on."""
 
 
 class Replica:
@@ -41,17 +53,14 @@ class Replica:
         lock: threading.Lock,
         nursery: Nursery,
         host: Host,
-        on_message: OnMessage,
-        on_death: OnDeath,
-        on_stopped: OnStopped,
+        observer: Observer,
     ) -> None:
         self.number = 0
         self.ready_at = 0.0  # monotonic; 0 while it starts or stands by
         self.is_frozen = False
         self._loop = loop
         self._lock = lock
-        self._on_message = on_message
-        self._on_death = on_death
+        self._observer = observer
         self._decoder = FrameDecoder()
         self._unsent = bytearray()
         self._reason = ""
@@ -64,7 +73,7 @@ class Replica:
         self._token_read, self._token_write = os.pipe()
         os.set_blocking(self._token_read, False)
         os.set_blocking(self._token_write, False)
-        self._process = Process(worker, self._exited, lambda stopped: on_stopped(self, stopped))
+        self._process = Process(worker, self._exited, lambda stopped: observer.on_stopped(self, stopped))
         # The worker's output is the guest's or a dying engine's: it goes where our own messages go.
         nursery.start(self._process, ENTRY, [theirs.detach(), bell, _standard_error(), _standard_error()])
         socket.send_fds(self._end, [encode_frame(encode(host), 1)], [self._token_read])
@@ -158,8 +167,12 @@ class Replica:
 
     def _deliver(self) -> None:
         try:
-            while (frame := self._decoder.next_frame()) is not None:
-                self._on_message(self, decode(frame.payload))
+            while (payload := self._decoder.next_payload()) is not None:
+                found = answer_in(payload)
+                if found is not None:
+                    self._observer.on_answer(self, *found)
+                else:
+                    self._observer.on_message(self, decode(payload))
         except (FrameBroken, MessageBroken, ProtocolViolated) as problem:
             self._loop.remove_reader(self._end.fileno())
             self.kill(f"it broke the protocol: {problem}")
@@ -189,7 +202,7 @@ class Replica:
         with self._lock:
             self._last = self._page.at()
             self._release()
-        self._on_death(self, status, self._reason)
+        self._observer.on_death(self, status, self._reason)
 
     def _release(self) -> None:
         self.is_open = False

@@ -15,6 +15,7 @@ import pytest
 
 from spark_workers.engines.seam import Code, Instance, Settings, Wasi, open_engine
 from spark_workers.engines.wasm_limits import limit_module
+from spark_workers.engines.wasmer_engine import DAMAGED
 from spark_workers.hosts.failures import GuestFailed
 
 MODELS = Path(__file__).parents[1] / "models"
@@ -73,7 +74,7 @@ def call(instance: Instance, name: str, *arguments: Any) -> Any:
     return function(*arguments)
 
 
-def in_child(act: Callable[[], str]) -> str:
+def in_child(act: Callable[[], str], exit_code: int = 0) -> str:
     """Return what *act* returns in a process of its own, which a fault would end.
 
     It must not compile: this process has done so on several threads, which its children do not have.
@@ -89,7 +90,7 @@ def in_child(act: Callable[[], str]) -> str:
     with open(read) as file:
         told = file.read()
     _, status = os.waitpid(pid, 0)
-    assert status == 0
+    assert os.waitstatus_to_exitcode(status) == exit_code
     return told
 
 
@@ -141,10 +142,8 @@ def test_each_table_is_given_the_limit_as_its_maximum(before: bytes, after: byte
 
 def test_what_is_over_its_limit_from_the_start_is_refused() -> None:
     problem = failure(limit_module, memory(b"\x00\x11"), 16 * PAGE, 10)
-    assert (problem.kind, str(problem)) == (
-        "out-of-memory",
-        "it begins with 1,114,112 bytes of memory, and 1,048,576 are allowed",
-    )
+    text = "it needs 1.1 MiB of memory from the start, over its limit of 1 MiB; raise memory_limit"
+    assert (problem.kind, str(problem)) == ("out-of-memory", text)
     assert failure(limit_module, HEAD + b"\x04\x04\x01\x70\x00\x0b", PAGE, 10).kind == "over-limit"
 
 
@@ -451,6 +450,21 @@ def test_a_guest_has_the_stack_of_its_limit_and_not_much_more(prepare: Callable[
 
 
 @with_wasmer
+def test_a_stack_that_ends_inside_a_function_of_ours_ends_the_process_with_a_word(
+    prepare: Callable[..., Callable[[], Code]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    load = prepare(WASI)
+
+    def overflow(name: str) -> str:
+        with open(os.devnull, "r+b") as null:
+            return failure(call, load().instantiate(Wasi(["m"], {}, *[null.fileno()] * 3)), name).kind
+
+    assert in_child(lambda: overflow("deep")) == "stack-overflow"
+    assert in_child(lambda: overflow("deep_and_speaking"), exit_code=DAMAGED) == ""
+    assert capfd.readouterr().err.startswith("spark: 'deep_and_speaking' used up its stack in a call of its host;")
+
+
+@with_wasmer
 def test_memory_grows_to_its_limit_and_a_page_beyond_is_refused(load: Callable[..., Code]) -> None:
     instance = load("mem_model", memory_limit=16 << 20).instantiate(None)
     assert call(instance, "touch", 16) == 256
@@ -561,6 +575,10 @@ WASI = """(module
         (call $pwrite (local.get 0) (i32.const 0) (i32.const 1) (i64.const 0) (i32.const 32)))
     (func (export "raise") (result i32) (call $raise (i32.const 0)))
     (func (export "exit") (param i32) (call $exit (local.get 0)))
+    (func $deep (export "deep") (result i32) (i32.add (i32.const 1) (call $deep)))
+    (func $speak (export "deep_and_speaking") (result i32)
+        (drop (call $write (i32.const 1) (i32.const 0) (i32.const 0) (i32.const 32)))
+        (i32.add (i32.const 1) (call $speak)))
     (func (export "variables") (result i32)
         (drop (call $environ (i32.const 40) (i32.const 44))) (i32.load (i32.const 40)))
     (func (export "open") (param i32) (result i32) (call $open (local.get 0) (i32.const 1) (i32.const 200)

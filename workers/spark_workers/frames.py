@@ -66,6 +66,23 @@ class FrameDecoder:
         Raises:
             FrameBroken: Wrong magic or version, or a length over the limit.
         """
+        found = self._next()
+        return Frame(*found) if found is not None else None
+
+    def next_payload(self) -> bytes | None:
+        """As `next_frame`, for a side that is sent no descriptors.
+
+        Raises:
+            FrameBroken: As `next_frame`, or a frame announces descriptors.
+        """
+        found = self._next()
+        if found is None:
+            return None
+        if found[1]:
+            self._fail(f"a frame announces {found[1]} descriptors where none may come")
+        return found[0]
+
+    def _next(self) -> tuple[bytes, int] | None:
         if self._broken is not None:
             raise FrameBroken(self._broken)
         if len(self._buffer) < HEADER.size:
@@ -75,9 +92,10 @@ class FrameDecoder:
         end = HEADER.size + length
         if len(self._buffer) < end:
             return None
-        payload = bytes(memoryview(self._buffer)[HEADER.size : end])
+        with memoryview(self._buffer) as view:
+            payload = bytes(view[HEADER.size : end])
         del self._buffer[:end]
-        return Frame(payload, descriptors)
+        return payload, descriptors
 
     def is_empty(self) -> bool:
         """Tell whether the stream stands between two frames."""

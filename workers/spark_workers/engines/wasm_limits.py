@@ -8,6 +8,7 @@ the specification is refused, because what is not understood cannot be limited.
 
 from collections.abc import Callable, Iterator
 
+from spark_workers.engines.traps import sized
 from spark_workers.hosts.failures import GuestFailed
 
 PAGE = 64 * 1024
@@ -95,9 +96,8 @@ def _each(section: bytes, bounded: Callable[[_Reader], bytes]) -> bytes:
 def _memory(reader: _Reader, limit: int) -> bytes:
     flags, least, most = _limits(reader)
     if least * PAGE > limit:
-        raise GuestFailed(
-            "out-of-memory", f"it begins with {least * PAGE:,} bytes of memory, and {limit:,} are allowed"
-        )
+        text = f"it needs {sized(least * PAGE)} of memory from the start, over its limit of {sized(limit)}"
+        raise GuestFailed("out-of-memory", f"{text}; raise memory_limit", {"memory_limit": limit})
     pages = limit // PAGE
     return _encoded(flags, least, pages if most is None else min(most, pages))
 
@@ -108,7 +108,8 @@ def _table(reader: _Reader, limit: int) -> bytes:
         raise GuestFailed("invalid-module", f"it has a table of an unknown kind, {kind:#x}")
     flags, least, most = _limits(reader)
     if least > limit:
-        raise GuestFailed("over-limit", f"it begins with a table of {least:,} elements, and {limit:,} are allowed")
+        text = f"it needs a table of {least} elements from the start, over its limit of {limit}; raise table_limit"
+        raise GuestFailed("over-limit", text, {"table_limit": limit})
     return bytes((kind,)) + _encoded(flags, least, limit if most is None else min(most, limit))
 
 

@@ -4,9 +4,10 @@ What it lacks, and what is done about it:
 
 * It has no limits of its own. The limits of memories and tables are written into the module before it is compiled
   (see `wasm_limits`) and into the head of the machine code, so that code with other limits is refused. A guest's
-  stack is the main thread's, whose limit is lowered when code is loaded; wasmer makes a trap of the fault, unless it
-  strikes in a function of the host that the guest called at the very end of its stack: then the process ends. What
-  the host allocates for a guest is bounded by the process's own limit of data.
+  stack is the main thread's, whose limit is lowered when code is loaded; wasmer makes a trap of the fault. It does so
+  even where a guest at the end of its stack has called a function in Python, whose frames it jumps over: the
+  interpreter is damaged then, and the process ends itself. What the host allocates for a guest is bounded by the
+  process's own limit of data.
 * It cannot be interrupted, and holds the interpreter's lock while a guest runs: running calls are stopped by killing.
 * Machine code is read, not mapped: nothing is shared between processes, and damaged code ends the process. Whoever
   keeps code checks it; here only its head and its length are looked at.
@@ -15,6 +16,7 @@ What it lacks, and what is done about it:
 """
 
 import importlib
+import os
 import re
 import struct
 from typing import Any, NoReturn
@@ -22,6 +24,7 @@ from typing import Any, NoReturn
 from spark_workers.engines import traps, wasm_limits
 from spark_workers.engines.arguments import CALLABLE, convert_all, not_callable
 from spark_workers.engines.seam import Extern, Number, Settings, Wasi
+from spark_workers.engines.streams import clean_texts
 from spark_workers.engines.wasmer_streams import Streams
 from spark_workers.hosts.failures import GuestFailed
 
@@ -32,11 +35,13 @@ except ImportError:  # not a system that has limits
 
 #: Counted up whenever modules are changed in another way before they are compiled.
 FORMAT = 1
-#: In this order: the second one compiles faster, and its code takes about twice the time.
+#: In this order: the second one compiles without optimizing.
 COMPILERS = ("cranelift", "singlepass")
 
 DATA_RESERVE = 256 << 20  # for what the host allocates while it serves a guest
 STACK_RESERVE = 256 << 10  # for what Python itself needs above a guest and below
+
+DAMAGED = 70  # the exit code of a process that cannot go on
 
 _LENGTH = struct.Struct(">Q")
 _EXIT = re.compile(r"WASI exited with code: (\d+)")
@@ -60,8 +65,6 @@ _TRAPS = {
     "uninitialized element": _CODES["indirect-call-to-null"],
     "unreachable": _CODES["unreachable"],
 }
-
-
 _TYPES = {1: "i32", 2: "i64", 3: "f32", 4: "f64", 5: "v128", 6: "externref", 7: "funcref"}  # wasmer.Type's numbers
 _HALVES = {"i32": 1 << 31, "i64": 1 << 63}
 
@@ -101,7 +104,7 @@ class WasmerEngine:
         try:
             code: bytes = self._wasmer.Module(store, limited).serialize()
         except BaseException as problem:
-            raise GuestFailed("invalid-module", f"wasmer cannot compile it: {_words(problem)}") from problem
+            raise traps.uncompiled(_words(problem)) from problem
         return b"".join((self._head, _LENGTH.pack(len(code)), code))
 
     def load(self, path: str) -> "WasmerCode":
@@ -183,12 +186,12 @@ class WasmerCode:
     def _wasi_functions(self, wasi: Wasi, streams: Streams) -> dict[str, dict[str, Any]]:
         """Return wasmer's own functions, and in place of some of them ours."""
         program, *arguments = wasi.args or ("model",)
+        clean_texts("argument", wasi.args)
+        clean_texts("environment variable", [*wasi.env, *wasi.env.values()])
         try:
             state = self._wasmer.wasi.StateBuilder(program).arguments(arguments).environments(dict(wasi.env)).finalize()
-        except (RuntimeError, UnicodeError) as problem:
-            raise GuestFailed(
-                "wrong-signature", f"WASI cannot pass its arguments or environment: {problem}"
-            ) from problem
+        except RuntimeError as problem:
+            raise GuestFailed("wrong-signature", f"WASI cannot pass its environment: {problem}") from problem
         found: dict[str, dict[str, Any]] = {}
         for name, version in self._wasi.items():
             functions = state.generate_imports(self._store, getattr(self._wasmer.wasi.Version, version))[name]
@@ -274,7 +277,10 @@ class WasmerInstance:
             raise GuestFailed("trap", text, {"trap": "engine-failure", "function": function}) from problem
         if not isinstance(problem, RuntimeError):
             raise problem
-        raise self._failure(function, str(problem)) from problem
+        failure = self._failure(function, str(problem))
+        if failure.kind == traps.STACK_OVERFLOW and self._streams is not None and self._streams.is_inside:
+            _end_damaged_process(function)
+        raise failure from problem
 
     def _failure(self, function: str, text: str) -> GuestFailed:
         what, *lines = text.removeprefix("RuntimeError: ").split("\n")
@@ -293,8 +299,7 @@ class WasmerInstance:
             # It may have grown. It stays where it is: wasmer reserves all that a memory can ever be.
             self._view = memoryview(self._memory.buffer)
         if address < 0 or length < 0 or end > len(self._view):
-            text = f"{length} bytes at {address} do not lie in its memory of {self.memory_size()} bytes"
-            raise GuestFailed("bad-answer", text)
+            raise traps.outside(address, length, self.memory_size())
         return self._view[address:end]
 
 
@@ -343,6 +348,18 @@ def _compiler() -> Any:
 def _is_panic(problem: BaseException) -> bool:
     """Tell whether the engine's own code gave up. The class cannot be imported, and derives from BaseException."""
     return type(problem).__module__ == "pyo3_runtime"
+
+
+def _end_damaged_process(function: str) -> NoReturn:
+    """End this process, in which wasmer has jumped out of the middle of Python functions.
+
+    Their locks stay taken and the interpreter's count of nested calls is wrong: after some 200 times every call fails.
+    """
+    text = (
+        f"spark: {ascii(function)[:200]} used up its stack in a call of its host; the replica ends, and is replaced\n"
+    )
+    os.write(2, text.encode())
+    os._exit(DAMAGED)
 
 
 def _words(problem: BaseException) -> str:

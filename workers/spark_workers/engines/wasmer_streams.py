@@ -38,7 +38,12 @@ _32_BITS = 0xFFFF_FFFF
 
 
 class Streams:
-    """The streams of one instance. *memory* is the instance's, once there is one."""
+    """The streams of one instance.
+
+    Attributes:
+        memory: The instance's, once there is one.
+        is_inside: A function of ours runs, or was left in the middle.
+    """
 
     def __init__(self, wasi: Wasi) -> None:
         self._input = wasi.stdin
@@ -46,6 +51,7 @@ class Streams:
         self._input_at = 0 if stat.S_ISREG(os.fstat(wasi.stdin).st_mode) else None
         self._outputs = {1: wasi.stdout, 2: wasi.stderr}
         self.memory: Any = None
+        self.is_inside = False
 
     def functions(self) -> dict[str, Callable[..., int]]:
         """What takes the place of wasmer's own, by the names of WASI."""
@@ -86,6 +92,13 @@ class Streams:
 
     def _move(self, move: Callable[[list[memoryview]], int] | None, vectors: int, count: int, result: int) -> int:
         """Move bytes from or into the parts of memory that the guest named; return WASI's error number."""
+        self.is_inside = True
+        try:
+            return self._moved(move, vectors, count, result)
+        finally:
+            self.is_inside = False
+
+    def _moved(self, move: Callable[[list[memoryview]], int] | None, vectors: int, count: int, result: int) -> int:
         if move is None:
             return _BAD_DESCRIPTOR
         if self.memory is None:

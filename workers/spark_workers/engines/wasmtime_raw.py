@@ -8,6 +8,7 @@ takes `wasmtime_public`, the same engine through the package's own interface, fo
 What makes it fast, and what it takes to be safe:
 
 * Arguments and results lie in one array for each function, and the five arguments of the call are objects made once.
+  One guest runs at a time in a process, so the instances of a module use the same arrays one after the other.
 * Linear memory is looked at through one memoryview. It never moves (``memory_may_move`` is off) and never shrinks, so
   its length is asked for again only when an access lies beyond what is known.
 * `ctypes` releases the GIL during a call, so another thread can interrupt it.
@@ -287,6 +288,7 @@ class RawCode:
         self.exports = signs.exports
         self.signs = signs
         self.settings = settings
+        self._slots: dict[str, Slots] = {}
         self._owner = engine  # which outlives us
         self._engine = pointer
         _freed(self, _module_delete, module)
@@ -304,6 +306,13 @@ class RawCode:
             raise GuestFailed("unsupported-import", traps.last_cause(_error_text(error)))
         assert prepared.value is not None
         return prepared.value
+
+    def slots_of(self, name: str) -> "Slots | None":
+        """Return the slots of the exported function of that name, or None."""
+        found = self._slots.get(name)
+        if found is None and name in self.signs.signatures:
+            found = self._slots[name] = Slots(*self.signs.signatures[name])
+        return found
 
     def instantiate(self, wasi: Wasi | None) -> "RawInstance":
         """Make an instance; a reactor's ``_initialize`` is *not* called here.
@@ -390,10 +399,10 @@ class RawInstance:
         return self._functions[name]
 
     def _make_function(self, name: str) -> "RawFunction | None":
-        signature, item = self._code.signs.signatures.get(name), ExternItem()
-        if signature is None or not self.find(name, item) or item.kind != _FUNCTION:
+        slots, item = self._code.slots_of(name), ExternItem()
+        if slots is None or not self.find(name, item) or item.kind != _FUNCTION:
             return None
-        return RawFunction(self, name, item, *signature)
+        return RawFunction(self, name, item, slots)
 
     def close(self) -> None:
         """Free everything at once. Its functions cannot be called any more."""
@@ -467,28 +476,46 @@ class RawInstance:
         return traps.failed(function, text, self.memory_size(), self._settings.memory_limit)
 
 
+class Slots:
+    """Where arguments and results of one function lie, the results over the arguments. Its instances share them."""
+
+    def __init__(self, params: tuple[str, ...], results: tuple[str, ...]) -> None:
+        self.params = params
+        self.results = results
+        self.is_callable = all(each in CALLABLE for each in (*params, *results))
+        self.count = max(len(params), len(results), 1)
+        self.values = (ctypes.c_uint8 * (self.count * VALUE_BYTES))()
+        self.places = self._views(params)
+        self.answers = [(values, index) for values, index, _, _ in self._views(results)]
+
+    def _views(self, kinds: Sequence[str]) -> list[tuple[Any, int, int, int]]:
+        """For each value: array and index where it lies, and the integers that can be stored there as they are."""
+        if not self.is_callable:
+            return []
+        return [(*self._view(kind, at), *RANGES.get(kind, _EXACT)) for at, kind in enumerate(kinds)]
+
+    def _view(self, kind: str, at: int) -> tuple[Any, int]:
+        element = _VIEWS[kind]
+        width = VALUE_BYTES // ctypes.sizeof(element)
+        return (element * (self.count * width)).from_buffer(self.values), at * width
+
+
 class RawFunction:
     """Fits `seam.Function`."""
 
-    def __init__(
-        self, instance: RawInstance, name: str, item: ExternItem, params: Sequence[str], results: Sequence[str]
-    ) -> None:
-        self.params = tuple(params)
-        self.results = tuple(results)
+    def __init__(self, instance: RawInstance, name: str, item: ExternItem, slots: Slots) -> None:
+        self.params = slots.params
+        self.results = slots.results
         self._name = name
         self._instance = instance
-        self._item = item
-        count = max(len(params), len(results), 1)
-        values = (ctypes.c_uint8 * (count * VALUE_BYTES))()
-        self._is_callable = all(each in CALLABLE for each in (*params, *results))
-        self._places = self._views(values, self.params)
-        self._answers = [view[:2] for view in self._views(values, self.results)]
+        self._slots = slots
+        self._places, self._answers = slots.places, slots.answers
         # Objects made once; the function takes pointers in these five places.
         self._fixed = (
             _P(instance.context),
             ctypes.byref(item.of),
-            ctypes.byref(values),
-            _SIZE(count),
+            ctypes.byref(slots.values),
+            _SIZE(slots.count),
             ctypes.byref(instance.trap),
         )
         self._trap = instance.trap
@@ -499,27 +526,21 @@ class RawFunction:
         Raises:
             GuestFailed: trap, out-of-memory, stack-overflow, exit, interrupted, wrong-signature.
         """
-        if len(arguments) != len(self._places) or not self._is_callable:
+        if len(arguments) != len(self._places) or not self._slots.is_callable:
             raise self._refused(arguments)
-        for (values, place, low, high), value in zip(self._places, arguments):  # noqa: B905 - slower when strict
+        for (values, index, low, high), value in zip(self._places, arguments):  # noqa: B905 - slower when strict
             if type(value) is not int or not low <= value <= high:
                 self._store(arguments)
                 break
-            values[place] = value
+            values[index] = value
         error = _call_function(*self._fixed)
         if error or self._trap:
             raise self._instance.failure(self._name, error)
         answers = self._answers
         if len(answers) == 1:
-            values, place = answers[0]
-            return values[place]
-        return tuple(values[place] for values, place in answers) if answers else None
-
-    def _views(self, values: Any, kinds: Sequence[str]) -> list[tuple[Any, int, int, int]]:
-        """For each value: array and index where it lies, and the integers that can be stored there as they are."""
-        if not self._is_callable:
-            return []
-        return [(*_view(values, kind, at), *RANGES.get(kind, _EXACT)) for at, kind in enumerate(kinds)]
+            values, index = answers[0]
+            return values[index]
+        return tuple(values[index] for values, index in answers) if answers else None
 
     def retire(self) -> None:
         """Make every further call an error in place of a crash: the instance is gone."""
@@ -528,20 +549,13 @@ class RawFunction:
     def _store(self, arguments: Sequence[Number]) -> None:
         """Put the arguments in their places when they are not integers that fit as they are."""
         numbers = convert_all(self._name, self.params, arguments)
-        for (values, place, _, _), number in zip(self._places, numbers, strict=True):
-            values[place] = number
+        for (values, index, _, _), number in zip(self._places, numbers, strict=True):
+            values[index] = number
 
     def _refused(self, arguments: Sequence[Number]) -> GuestFailed:
-        if not self._is_callable:
+        if not self._slots.is_callable:
             return not_callable(self._name, self.params, self.results)
         return wrong_count(self._name, self.params, len(arguments))
-
-
-def _view(values: Any, kind: str, at: int) -> tuple[Any, int]:
-    """Return the array and the index at which value *at* is a number of that kind."""
-    element = _VIEWS[kind]
-    width = VALUE_BYTES // ctypes.sizeof(element)
-    return (element * (len(values) // VALUE_BYTES * width)).from_buffer(values), at * width
 
 
 def _texts(texts: Sequence[bytes]) -> Any:

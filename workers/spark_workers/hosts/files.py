@@ -94,9 +94,16 @@ def _file(name: str) -> int:
         return os.dup(file.fileno())
 
 
+_bound = 0
+
+
 def _bound_files(size: int) -> None:
-    """Let no file of this process, which writes no others, grow over *size* bytes. Python ignores SIGXFSZ already."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    wanted = size if hard == resource.RLIM_INFINITY else min(size, hard)
-    if soft == resource.RLIM_INFINITY or soft < wanted:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (wanted, hard))
+    """Let no file of this process, which writes no others, grow over *size* bytes; never less than was said before.
+
+    Python ignores SIGXFSZ already, so a write over it is an error and not the end.
+    """
+    global _bound
+    if size > _bound:
+        _bound = size
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size if hard == resource.RLIM_INFINITY else min(size, hard), hard))

@@ -123,7 +123,7 @@ def _missing(name: str, exports: Sequence[Extern]) -> GuestFailed:
     other = next((each.kind for each in exports if each.name == name), None)
     names = [each[:LONGEST_NAME] for each in functions_of(exports)]
     # Closest first, among as many as can be compared in no time: modules may export thousands.
-    close = difflib.get_close_matches(name[:LONGEST_NAME], names[:2000], n=5, cutoff=0.5)
+    close = difflib.get_close_matches(name[:LONGEST_NAME], names[:500], n=5, cutoff=0.5)
     ordered = [*close, *(each for each in names if each not in close)]
     asked = f"`{name[:LONGEST_NAME]}`"
     what = f"{asked} is a {other}, not a function" if other else f"it exports no function {asked}"

@@ -7,7 +7,7 @@ initializer, a checkpoint does nothing, and the script runs from top to bottom.
 import os
 import types
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from spark_workers.messages import Wish
 from spark_workers.scripts.checkpoint import PauseTurn, Turn, idle_checkpoint
@@ -17,6 +17,9 @@ from spark_workers.scripts.loops import Loop, Loops
 from spark_workers.scripts.persist import Persisted
 from spark_workers.scripts.session import Session
 from spark_workers.scripts.values import Shown
+
+if TYPE_CHECKING:
+    from spark_workers.scripts.models import ModelCall, Models
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -179,6 +182,51 @@ class Spark:
 
     def _loops(self) -> Loops:
         return self.session.loops if self.session is not None else Loops(idle_checkpoint)
+
+    # --- models ---
+
+    def execute(self, request: Any, model: str | None = None, *, timeout: float | None = None) -> Any:
+        """Return a model's whole answer to *request*. The models are those that the run was given.
+
+        While it waits longer than a quarter of a second it is a checkpoint for stop and reload: the call is cancelled
+        and the signal raised. A pause waits for the answer.
+
+        Args:
+            request: Anything that JSON can say, which the model gets as JSON, and the answer is read as JSON; or
+                bytes, which it gets as they are, and the answer is bytes.
+            model: Its name; may be left out if there is only one.
+            timeout: Seconds for this call, in place of the model's own.
+
+        Raises:
+            ExecuteError: The call failed; see `spark_runtime.errors` for the ways.
+            ModelUnusable, EngineMissing: The model cannot be run at all.
+            BadRequestError, QueueFull: It was not tried.
+            SparkUsageError: There is no runtime, or this is the top level of a script.
+        """
+        models = self._models()
+        return models.wait(models.submit(request, model, timeout))
+
+    def submit(self, request: Any, model: str | None = None, *, timeout: float | None = None) -> "ModelCall":
+        """Begin a call; return its future, whose `ModelCall.cancel` stops the work and which gives the errors."""
+        return self._models().submit(request, model, timeout)
+
+    async def aexecute(self, request: Any, model: str | None = None, *, timeout: float | None = None) -> Any:
+        """As `execute`, for asynchronous code. Cancelling the task stops the work."""
+        models = self._models()
+        return await models.wait_async(models.submit(request, model, timeout))
+
+    def call(self, model: str, function: str, *numbers: float, timeout: float | None = None) -> Any:
+        """Call an export of a model with numbers; return None, a number, or a tuple of them. Errors as `execute`."""
+        models = self._models()
+        return models.wait(models.submit_call(model, function, numbers, timeout))
+
+    def _models(self) -> "Models":
+        if self.session is None:
+            raise SparkUsageError(
+                "only the script's own process under the runtime has models: run it with "
+                "`spark run SCRIPT --model NAME=PATH`"
+            )
+        return self.session.models()
 
     # --- the entry ---
 

@@ -192,17 +192,20 @@ class Session:
         """Return the way to the supervisor's models.
 
         Raises:
-            SparkUsageError: Asked for at the top level of a script, where the old code may still be at them.
+            SparkUsageError: Asked for at the top level of a script.
         """
         if not self.persisted.is_open:
-            raise SparkUsageError("models cannot be called at the top level of a script; do it inside torch()")
+            raise SparkUsageError(
+                "models cannot be called at the top level of a script, which also runs while the old code goes on; "
+                "call them inside torch()"
+            )
         with self._dealing:
             if self._models is None:
                 from spark_workers.scripts.models import Models  # a script that calls no models pays nothing for them
 
                 self._models = Models(self._send, self.look)
                 self._inbox.on_answer = self._models.answered
-            return self._models
+        return self._models
 
     def look(self) -> None:
         """For code that waits for something else: raise what was asked, unless a checkpoint has raised it before.
