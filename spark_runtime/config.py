@@ -1,5 +1,6 @@
 """What a run or a model is told, once, by the command line or a program."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,10 +9,25 @@ from typing import Any
 from spark_runtime.errors import BadRequestError
 
 LOAD_SECONDS = 30.0
-MODEL_KINDS = ("auto", "plain", "command", "reactor")
+MODEL_KINDS = ("auto", "plain", "command", "reactor", "neuron")
 ENGINES = ("wasmtime", "wasmer")
 INTERRUPTS = ("kill", "epoch")
 GIB = 1 << 30
+
+_SIZE = re.compile(r"(\d+)\s*([kmg]i?)?b?", re.IGNORECASE)
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+def parse_size(text: str) -> int:
+    """Return a number of bytes given as 268435456, 256MiB or 256MB.
+
+    Raises:
+        ValueError: It is no size; the message says what one looks like.
+    """
+    found = _SIZE.fullmatch(text.strip())
+    if found is None:
+        raise ValueError("a size such as 268435456, 256MiB or 2GiB")
+    return int(found[1]) * _UNITS[(found[2] or "").lower()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +55,7 @@ class RunOptions:
         resume_from: The run to go on from; the newest unfinished one if None.
         waits_for_save: After an error wait for the next save in place of ending.
         load_seconds: How long the top level of *new* code may take before the old code simply goes on.
+        models: What the script may call with ``spark.execute``.
     """
 
     script: Path
@@ -52,6 +69,7 @@ class RunOptions:
     resume_from: str | None = None
     waits_for_save: bool = False
     load_seconds: float = LOAD_SECONDS
+    models: "tuple[Model, ...]" = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +78,11 @@ class Model:
 
     Attributes:
         name: What calls name it by.
-        path: The ``.wasm`` file.
+        path: The ``.wasm`` file, or the ``.zip`` of a Neuron package.
         replicas: Worker processes, each with an instance of its own.
         keep: Never unload it to make room for others.
         kind: ``"plain"`` (exports ``execute`` and ``alloc`` or ``malloc``), ``"command"`` (WASI, JSON on its standard
-            input and output), ``"reactor"`` (WASI, exports as plain); ``"auto"`` looks.
+            input and output), ``"reactor"`` (WASI, exports as plain), ``"neuron"`` (a package); ``"auto"`` looks.
         engine: ``"wasmtime"`` or ``"wasmer"``.
         python: The interpreter that replicas run under; needed for wasmer only.
         args: A WASI command's arguments, after its own name.

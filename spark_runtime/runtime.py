@@ -15,7 +15,7 @@ from typing import Any
 from spark_runtime.config import Model
 from spark_runtime.errors import BadRequestError, ModelNotFound
 from spark_runtime.models.prepared import ModelCache, ModelFile, Prepared
-from spark_runtime.pool.job import NEVER, Call
+from spark_runtime.pool.job import NEVER, Call, Waiting
 from spark_runtime.pool.pool import Pool
 from spark_runtime.pool.statistics import Statistics
 from spark_runtime.pool.stream import Outcome, Stream
@@ -90,7 +90,10 @@ class Spark:
             ModelUnusable, EngineMissing: The model cannot be run at all.
             BadRequestError, QueueFull, SparkClosed: It was not tried.
         """
-        return self.submit(request, model, timeout=timeout).result()
+        name = self._name(model)
+        answer, replica = self._wait(name, "", write_request(request), timeout)
+        read = read_bytes if isinstance(request, bytes | bytearray | memoryview) else read_json
+        return read(answer, name, replica)
 
     def submit(self, request: Any, model: str | None = None, *, timeout: float | None = None) -> Call:
         """Begin a call; return its future. Its `Call.cancel` stops it wherever it is."""
@@ -106,13 +109,13 @@ class Spark:
 
     def call(self, model: str, function: str, *numbers: float, timeout: float | None = None) -> Any:
         """Call an export of a model with numbers; return None, a number, or a tuple of them. Errors as `execute`."""
-        return self.submit_call(model, function, *numbers, timeout=timeout).result()
+        name = self._name(model)
+        answer, replica = self._wait(name, _checked(function), write_numbers(numbers), timeout)
+        return read_numbers(answer, name, replica)
 
     def submit_call(self, model: str, function: str, *numbers: float, timeout: float | None = None) -> Call:
         """Begin a call of an export; return its future."""
-        if not function:
-            raise BadRequestError("the function to call has no name")
-        return self._submit(self._name(model), function, write_numbers(numbers), read_numbers, timeout)
+        return self._submit(self._name(model), _checked(function), write_numbers(numbers), read_numbers, timeout)
 
     async def acall(self, model: str, function: str, *numbers: float, timeout: float | None = None) -> Any:
         """As `call`, for asyncio."""
@@ -237,6 +240,16 @@ class Spark:
         self._pool.submit(name, [call])
         return call
 
+    def _wait(self, name: str, function: str, payload: bytes, timeout: float | None) -> tuple[bytes, int]:
+        limit = self._limit(name, timeout)
+        job = Waiting(function, payload, NEVER if limit is None else time.monotonic() + limit)
+        self._pool.submit(name, (job,))
+        try:
+            return job.wait()
+        except BaseException:
+            self._pool.stop(name, job)  # nobody waits for it any more: a KeyboardInterrupt for example
+            raise
+
     def _stop(self, call: Call) -> bool:
         return self._pool.stop(call.model, call)
 
@@ -257,6 +270,12 @@ class Spark:
                 return next(iter(self._models))
             raise BadRequestError(f"which model is to be called? There are {known}")
         raise ModelNotFound(f"there is no model {model!r}; there are {known}")
+
+
+def _checked(function: str) -> str:
+    if not function:
+        raise BadRequestError("the function to call has no name")
+    return function
 
 
 def _watch(models: Iterable[Model], pool: Pool, note: Callable[[str], None]) -> Callable[[], None]:

@@ -27,6 +27,9 @@ class FakeReplica:
         self.tokens -= taken
         return taken
 
+    def read_for(self, job: Job) -> None:
+        pass
+
     def begin_next(self) -> None:
         """Take the token of the next call sent ahead."""
         assert self.tokens
@@ -110,9 +113,9 @@ def test_quick_calls_are_sent_ahead_with_tokens() -> None:
 
 def test_no_more_is_sent_ahead_than_the_window() -> None:
     history = History(seconds=QUICK)
-    history.dispatcher.add_many([Job(str(number), b"") for number in range(500)])
-    assert len(history.ports[0].sent) == MAX_WINDOW
-    assert history.dispatcher.waiting_count == 500 - MAX_WINDOW
+    history.dispatcher.add_many([Job(str(number), b"") for number in range(5000)])
+    assert len(history.ports[0].sent) <= MAX_WINDOW
+    assert history.dispatcher.waiting_count == 5000 - len(history.ports[0].sent)
 
 
 def test_what_is_sent_ahead_is_shared_out_over_the_replicas() -> None:

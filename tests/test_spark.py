@@ -10,11 +10,25 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from models_help import (
+    JSON,
+    MEMORY,
+    REACTOR,
+    SPIN,
+    TRAP,
+    WASI,
+    WORK,
+    is_alive,
+    replica_pids,
+    states,
+    until,
+    wait_computing,
+)
 
 from spark_runtime import Model, Spark
 from spark_runtime.errors import (
@@ -25,7 +39,6 @@ from spark_runtime.errors import (
     FunctionMissing,
     ModelExited,
     ModelNotFound,
-    ModelOutOfMemory,
     ModelStackOverflow,
     ModelTrapped,
     ModelUnusable,
@@ -35,38 +48,6 @@ from spark_runtime.errors import (
     SparkError,
     WrongSignature,
 )
-
-MODELS = Path(__file__).parent / "models"
-JSON = MODELS / "json_model.wasm"
-SPIN = MODELS / "spin_model.wasm"
-TRAP = MODELS / "trap_model.wasm"
-WASI = MODELS / "wasi_cmd.wasm"
-REACTOR = MODELS / "wasi_reactor.wasm"
-WORK = MODELS / "wasi_work.wasm"
-MEMORY = MODELS / "mem_model.wasm"
-
-
-def until(fits: Callable[[], bool], seconds: float = 10.0) -> None:
-    limit = time.monotonic() + seconds
-    while not fits():
-        assert time.monotonic() < limit, "it did not happen in time"
-        time.sleep(0.002)
-
-
-def replica_pids(spark: Spark) -> list[int]:
-    return [each.pid for model in spark.statistics().models for each in model.replicas if each.pid is not None]
-
-
-def states(spark: Spark) -> list[str]:
-    return [each.state for model in spark.statistics().models for each in model.replicas]
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 @pytest.fixture
@@ -450,7 +431,7 @@ def test_an_unknown_model_is_told_with_those_that_there_are(spark: Spark) -> Non
     [
         {"replicas": 0},
         {"replicas": True},
-        {"kind": "neuron"},
+        {"kind": "javascript"},
         {"engine": "v8"},
         {"memory_limit": 5},
         {"timeout": 0},
@@ -714,8 +695,7 @@ def test_a_replica_that_is_killed_fails_the_call_it_was_at_and_no_other() -> Non
     with Spark([Model("spin", SPIN)]) as spark:
         call = spark.submit_call("spin", "spin")
         waiting = spark.submit_call("spin", "spin_bounded", 3)
-        until(lambda: "busy" in states(spark))
-        os.kill(replica_pids(spark)[0], signal.SIGKILL)
+        os.kill(wait_computing(spark), signal.SIGKILL)
         with pytest.raises(ReplicaDied, match="SIGKILL"):
             call.result(10)
         assert waiting.result(10) == 3

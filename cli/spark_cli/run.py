@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from spark_runtime.config import LOAD_SECONDS, PlannedCall, RunOptions
+from spark_runtime.config import LOAD_SECONDS, Model, PlannedCall, RunOptions
 
 
 def _planned(text: str) -> PlannedCall:
@@ -31,6 +31,25 @@ def _planned(text: str) -> PlannedCall:
     return PlannedCall(name, tuple(args), kwargs)
 
 
+def _models(script: Path, given: tuple[str, ...], *, watch: bool) -> tuple[Model, ...]:
+    """Return the project's models, and those of the options ``NAME=PATH`` or ``PATH``, which win."""
+    from spark_runtime.models.configured import configured_models
+
+    models: dict[str, Model] = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not equals or "/" in name:  # a path with a = in it
+            name, path = Path(text).stem, text
+        if not name or not path or not name.isprintable():
+            raise click.BadParameter(f"{text!r} is not NAME=PATH, or PATH", param_hint="--model")
+        if name in models:
+            raise click.BadParameter(f"two models have the name {name!r}; write NAME=PATH", param_hint="--model")
+        if not Path(path).exists():
+            raise click.BadParameter(f"there is no file {path!r} for the model {name!r}", param_hint="--model")
+        models[name] = Model(name, path, watch=watch)
+    return tuple({**configured_models(script, watch=watch), **models}.values())
+
+
 @click.command("run", context_settings={"ignore_unknown_options": False})
 @click.argument("script", type=click.Path(path_type=Path))
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
@@ -38,6 +57,9 @@ def _planned(text: str) -> PlannedCall:
     "--call", "calls", multiple=True, metavar="NAME[=JSON]", help="Call an exposed function; may be repeated."
 )
 @click.option("--exit", "exit_when_called", is_flag=True, help="End when the calls have returned, or torch() has.")
+@click.option(
+    "--model", "models", multiple=True, metavar="NAME=PATH", help="A WASM model for spark.execute(); may be repeated."
+)
 @click.option(
     "--watch/--no-watch", default=True, help="Reload when the script or a module of yours it imports is saved."
 )
@@ -58,6 +80,7 @@ def command(
     arguments: tuple[str, ...],
     calls: tuple[str, ...],
     exit_when_called: bool,
+    models: tuple[str, ...],
     watch: bool,
     poll: bool,
     resume: bool,
@@ -89,5 +112,6 @@ def command(
         resume_from=resume_from,
         waits_for_save=is_interactive and watch and not exit_when_called,
         load_seconds=load_timeout,
+        models=_models(script, models, watch=watch),
     )
     sys.exit(launch(options, choose_view(as_json)))

@@ -12,7 +12,6 @@ memory_limit = "256MiB"
 import json
 import os
 import re
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,6 +51,8 @@ def _table(path: Path) -> dict[str, Any]:
         raise BadRequestError(f"{path} cannot be read for its [{TABLE}]: {problem.strerror}") from problem
     if b"spark" not in content:
         return {}  # not ours to judge: the file may have any fault
+    import tomllib  # most runs have no such file, and no use for it
+
     try:
         found: Any = tomllib.loads(content.decode())
     except ValueError as problem:

@@ -2,8 +2,8 @@
 
 A *lane* leads to one replica and carries calls in order: the first is the one that the replica is at, or will be at
 next, the others were sent ahead so that it need not wait for them. How many may be sent ahead follows from what calls
-of this model take: about a millisecond's worth, so that a model that answers in microseconds is never idle and one
-that takes seconds never has a call waiting behind another.
+of this model take: a few milliseconds' worth, which is as long as a Python thread may be kept from running, so that a
+model that answers in microseconds is never idle and one that takes long never has a call waiting behind another.
 
 A call that takes much longer than the others before it must not hold those behind it. So each call sent ahead comes
 with a token, and a replica begins such a call only with a token in hand: whoever takes the token has the call. The
@@ -19,8 +19,8 @@ from typing import Protocol
 from spark_runtime.errors import ProtocolViolated
 from spark_runtime.pool.job import FINISHED, NEVER, SENT, WAITING, Job
 
-AHEAD_SECONDS = 0.001
-MAX_WINDOW = 64
+AHEAD_SECONDS = 0.004
+MAX_WINDOW = 512
 AHEAD_BYTES = 64 * 1024  # of one call; a longer one is sent only to a replica that has nothing else
 BATCH_BYTES = 256 * 1024
 KNOWN_AFTER = 3  # answers, until the time that calls take is believed
@@ -34,6 +34,9 @@ class Port(Protocol):
 
     def take_back(self, count: int) -> int:
         """Take back up to *count* tokens; return how many."""
+
+    def read_for(self, job: Job) -> None:
+        """Read on the calling thread until *job* has ended, or return at once. Without the lock."""
 
 
 class Lane:
@@ -86,6 +89,7 @@ class Dispatcher:
         self._seconds = 0.0
         self._answers = 0
         self.window = 1
+        self.has_ahead = False  # a call may stand behind another
 
     # --- calls ---
 
@@ -96,7 +100,8 @@ class Dispatcher:
             return
         self._waiting.append(job)
         self.waiting_count += 1
-        if self.window > 1:
+        low = self.window // 2
+        if low and any(len(lane.sent) <= low for lane in self.lanes):
             self._feed()
 
     def add_many(self, jobs: Iterable[Job]) -> None:
@@ -185,13 +190,13 @@ class Dispatcher:
 
     def relieve_slow(self) -> bool:
         """Take back calls that stand behind a slow one; tell whether to look again soon."""
-        again = False
+        self.has_ahead = False
         for lane in list(self.lanes):
             if len(lane.sent) > 1:
+                self.has_ahead = True
                 if lane.is_slow():
                     self.give_back(lane.take_back())
-                again = True
-        return again
+        return self.has_ahead
 
     def take_out(self, job: Job, *, close: bool) -> Lane | None:
         """Finish a call that a replica has; return its lane if the replica has to be stopped for that.
@@ -267,4 +272,6 @@ class Dispatcher:
             if job.limit is not None:
                 job.deadline = self._clock() + job.limit
         lane.sent.extend(jobs)
+        if len(lane.sent) > 1:
+            self.has_ahead = True
         lane.port.send(jobs[0] if is_first else None, jobs[1:] if is_first else jobs)

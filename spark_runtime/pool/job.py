@@ -1,6 +1,7 @@
 """One call on its way: what the dispatcher moves, and the future that a caller holds."""
 
 import logging
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,39 @@ class Job:
         raise NotImplementedError
 
 
+class Waiting(Job):
+    """A call whose caller only waits for it: a lock in place of a future, which takes longer than the call itself."""
+
+    __slots__ = ("_answer", "_ended", "_error", "_replica")
+
+    def __init__(self, function: str, payload: bytes, deadline: float) -> None:
+        super().__init__(function, payload, deadline)
+        self._answer = b""
+        self._replica = 0
+        self._error: Exception | None = None
+        self._ended = threading.Lock()
+        self._ended.acquire()
+
+    def resolve(self, answer: bytes, replica: int) -> None:
+        """Take the answer; its caller reads it."""
+        self._answer, self._replica = answer, replica
+        self._ended.release()
+
+    def fail(self, error: Exception) -> None:
+        """Take the error; its caller raises it."""
+        self._error = error
+        self._ended.release()
+
+    def wait(self) -> tuple[bytes, int]:
+        """Return the answer and which replica gave it. Raises what `fail` was given."""
+        if self.state == SENT and self.lane is not None:
+            self.lane.port.read_for(self)
+        self._ended.acquire()
+        if self._error is not None:
+            raise self._error
+        return self._answer, self._replica
+
+
 class Call(Job, StoppableFuture):
     """A call as its caller sees it: a future whose `cancel` also stops a call that runs.
 
@@ -79,6 +113,12 @@ class Call(Job, StoppableFuture):
         if self.state != FINISHED and self._stop(self):
             self.set_cancelled()
         return self.cancelled()
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Wait for the answer; see `spark_runtime.Spark.execute` for the errors."""
+        if timeout is None and self.state == SENT and self.lane is not None:
+            self.lane.port.read_for(self)
+        return super().result(timeout)
 
     def running(self) -> bool:
         """Tell whether a replica has it."""

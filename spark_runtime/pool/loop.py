@@ -8,8 +8,9 @@ channels and nurseries live on either. Callbacks run on the loop's thread, one a
 import heapq
 import itertools
 import logging
+import math
 import os
-import selectors
+import select
 import threading
 import time
 from collections import deque
@@ -17,7 +18,9 @@ from collections.abc import Callable
 from typing import Any
 
 _log = logging.getLogger("spark_runtime")
-_READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+_READ, _WRITE = select.POLLIN, select.POLLOUT  # the same numbers as epoll's
+_GONE = select.POLLHUP | select.POLLERR
+LONGEST_SECONDS = 3600.0  # the system knows no waits of months
 _MANY = 64  # timers that were cancelled before they are swept out
 
 Callback = Callable[[], None]
@@ -41,7 +44,9 @@ class PoolLoop:
     """See the module. The thread starts with `start` and ends with `close`."""
 
     def __init__(self, name: str = "spark-pool") -> None:
-        self._selector = selectors.DefaultSelector()
+        # Bare, because what `selectors` puts around them costs more than the system call.
+        self._epoll = select.epoll() if hasattr(select, "epoll") else None
+        self._poll = self._epoll or select.poll()
         self._callbacks: dict[int, dict[int, Callback]] = {}
         self._timers: list[tuple[float, int, Timer]] = []
         self._numbers = itertools.count()
@@ -49,7 +54,7 @@ class PoolLoop:
         self._wake_read, self._wake_write = os.pipe()
         for each in (self._wake_read, self._wake_write):
             os.set_blocking(each, False)
-        self._selector.register(self._wake_read, _READ)
+        self._poll.register(self._wake_read, _READ)
         self._is_woken = False
         self._is_closing = False
         self._has_ended = False
@@ -83,6 +88,19 @@ class PoolLoop:
         self._waking = threading.Lock()  # whoever held it does not exist either
         self._end()
 
+    def mute(self, fd: int) -> bool:
+        """Have *fd* not looked at while another thread reads it; return False if that cannot be."""
+        if self._epoll is None:
+            return False  # a poll object is not to be changed while its thread waits in it
+        self._epoll.unregister(fd)
+        return True
+
+    def unmute(self, fd: int) -> None:
+        """Have it looked at again; what has arrived meanwhile is told."""
+        assert self._epoll is not None
+        if not self._has_ended:
+            self._epoll.register(fd, sum(self._callbacks.get(fd, {_READ: None})))
+
     # --- for the loop's own thread ---
 
     def add_reader(self, fd: int, callback: Callable[..., Any], *args: Any) -> None:
@@ -111,27 +129,32 @@ class PoolLoop:
 
     def _run(self) -> None:
         while not (self._is_closing and not self._posted):
-            events = self._selector.select(self._patience())
-            for key, mask in events:
-                if key.fd == self._wake_read:
+            for fd, mask in self._wait():
+                if fd == self._wake_read:
                     os.read(self._wake_read, 4096)
                     # After reading: what is posted between the two is among what is called below. The other way
                     # round its byte is read with the others, and nobody wakes this thread any more.
                     self._is_woken = False
                     continue
-                wanted = self._callbacks.get(key.fd, {})
+                wanted = self._callbacks.get(fd, {})
                 for bit in (_READ, _WRITE):
-                    if mask & bit and (callback := wanted.get(bit)) is not None:
+                    if mask & (bit | _GONE) and (callback := wanted.get(bit)) is not None:
                         self._call(callback)
             while self._posted:
                 self._call(self._posted.popleft())
             self._call_due()
         self._end()
 
-    def _patience(self) -> float | None:
+    def _wait(self) -> list[tuple[int, int]]:
+        """Wait until something can be read or written, was posted, or is due."""
         if self._posted or self._is_closing:
-            return 0
-        return max(0.0, self._timers[0][0] - time.monotonic()) if self._timers else None
+            seconds = 0.0
+        elif self._timers:
+            seconds = min(max(0.0, self._timers[0][0] - time.monotonic()), LONGEST_SECONDS)
+        else:
+            return self._poll.poll()
+        milliseconds = math.ceil(seconds * 1000)  # up: a timer that is woken for too early waits again
+        return self._poll.poll(milliseconds / 1000 if self._epoll is not None else milliseconds)
 
     def _call_due(self) -> None:
         now = time.monotonic()
@@ -163,7 +186,8 @@ class PoolLoop:
     def _end(self) -> None:
         with self._waking:
             self._has_ended = True
-            self._selector.close()
+            if self._epoll is not None:
+                self._epoll.close()
             os.close(self._wake_read)
             os.close(self._wake_write)
 
@@ -173,17 +197,17 @@ class PoolLoop:
         wanted[bit] = callback
         mask = sum(wanted)
         if was_known:
-            self._selector.modify(fd, mask)
+            self._poll.modify(fd, mask)
         else:
-            self._selector.register(fd, mask)
+            self._poll.register(fd, mask)
 
     def _unset(self, fd: int, bit: int) -> bool:
         wanted = self._callbacks.get(fd)
         if wanted is None or wanted.pop(bit, None) is None:
             return False
         if wanted:
-            self._selector.modify(fd, sum(wanted))
+            self._poll.modify(fd, sum(wanted))
         else:
             del self._callbacks[fd]
-            self._selector.unregister(fd)
+            self._poll.unregister(fd)
         return True

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Protocol
@@ -135,15 +135,13 @@ class ModelPool:
         """Tell whether a call waits or runs."""
         return self.dispatcher.is_busy() or bool(self._retired)
 
-    def add(self, jobs: list[Job]) -> None:
+    def add(self, jobs: Sequence[Job]) -> None:
         """Take calls."""
         if len(jobs) == 1:
             self.dispatcher.add(jobs[0])
         else:
             self.dispatcher.add_many(jobs)
-        if self.dispatcher.window > 1 and not self._is_relieving:
-            self._is_relieving = True
-            self._owner.loop.post(self._relieve)
+        self._look_for_slow()
 
     def stop(self, job: Job) -> None:
         """Finish a call wherever it is; stop the replica that is at it."""
@@ -316,7 +314,23 @@ class ModelPool:
             except NurseryDied as problem:
                 self._owner.loop.post(partial(self.failed, problem))
                 return
+            except OSError as problem:
+                self._lack(problem)
+                return
             self._starting.add(replica)
+
+    def _lack(self, problem: OSError) -> None:
+        """Try again later where there is nothing to make a process of, such as descriptors; tell it if that stays so."""
+        self._failures += 1
+        if self._failures < MAX_FAILURES or self._serving:
+            self._fill_soon(self._backoff())
+            return
+        error = SparkError(f"model {self.model.name!r}: no process can be started: {problem.strerror}")
+        self._owner.loop.post(partial(self.failed, error))
+
+    def _backoff(self) -> float:
+        exponent = max(0, self._failures - 1)
+        return min(MAX_BACKOFF_SECONDS, BACKOFF_SECONDS * 2**exponent) if self._failures else 0.0
 
     def _fill_soon(self, delay: float = 0.0) -> None:
         """Have `_fill` run on the loop."""
@@ -420,7 +434,7 @@ class ModelPool:
                 self.failed_calls += 1
                 job.fail(self._error(replica, message))
         elif isinstance(message, Printed):
-            _log.info("model %s, replica %d: %s", self.model.name, replica.number, message.text)
+            _log.info("model %s, replica %d: %s", self.model.name, replica.number, _printable(message.text))
         elif isinstance(message, Hosted):
             self._hosted(replica)
         elif isinstance(message, Refused):
@@ -443,6 +457,7 @@ class ModelPool:
             elif not lane.sent:
                 del self._retired[replica]
                 replica.kill("newer code took its place")
+            self._look_for_slow()
             is_idle = not lane.sent and not self.is_busy()
         if is_idle:
             self._owner.idle()
@@ -498,9 +513,7 @@ class ModelPool:
             # Only one that never came to serve says that none can; somebody may kill as many as he likes that idle.
             is_hopeless = was_starting and self._failures >= MAX_FAILURES and not self._serving
             if not is_hopeless:
-                exponent = max(0, self._failures - 1)
-                delay = min(MAX_BACKOFF_SECONDS, BACKOFF_SECONDS * 2**exponent) if self._failures else 0.0
-                self._fill_soon(delay)
+                self._fill_soon(self._backoff())
         for job, problem in told:
             job.fail(problem)
         if is_hopeless or (was_starting and self._old and self._failures >= MAX_FAILURES):
@@ -532,6 +545,11 @@ class ModelPool:
 
     # --- time ---
 
+    def _look_for_slow(self) -> None:
+        if self.dispatcher.has_ahead and not self._is_relieving:
+            self._is_relieving = True
+            self._owner.loop.post(self._relieve)
+
     def _relieve(self) -> None:
         """Look from time to time whether a slow call holds others."""
         with self._owner.lock:
@@ -556,6 +574,11 @@ def _tell(slot: Slot, replica: Replica | None, state: str) -> ReplicaStatistics:
     restarts = max(0, slot.starts - 1)
     p50, p95 = quantile(ordered, 0.5), quantile(ordered, 0.95)
     return ReplicaStatistics(slot.number, pid, state, slot.calls, restarts, p50, p95, memory_of(pid))
+
+
+def _printable(text: str) -> str:
+    """Escape what could steer the terminal that shows the log: a guest's words are not ours."""
+    return "".join(each if each.isprintable() or each in "\n\t" else repr(each)[1:-1] for each in text)
 
 
 def _how(status: int, reason: str) -> str:

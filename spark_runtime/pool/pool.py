@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from functools import partial
 
 from spark_runtime.config import Model
-from spark_runtime.errors import NurseryDied, QueueFull, SparkClosed, SparkError
+from spark_runtime.errors import ModelUnusable, NurseryDied, QueueFull, SparkClosed, SparkError
 from spark_runtime.models.prepared import ModelCache, ModelFile, Prepared
 from spark_runtime.pool.job import FINISHED, NEVER, Job
 from spark_runtime.pool.loop import PoolLoop, Timer
@@ -39,6 +39,7 @@ PRELOADED = {
 END_SECONDS = 3.0
 MAX_LOST = 3  # nurseries in a row that ended before they were ready
 RETRY_SECONDS = 1.0  # how long a model that cannot be used is not tried again
+DIED_RETRY_SECONDS = 30.0  # the same for one whose processes end before they can take a call
 SWEEP_SECONDS = 0.002  # deadlines this close are dealt with together
 
 #: Replicas get these of our environment and no more: what a model's process needs, none of the user's secrets.
@@ -102,7 +103,7 @@ class Pool:
             if bounded and models.dispatcher.waiting_count:
                 self._check_room(len(jobs))
             self._touch(name, models)
-            models.add(list(jobs))
+            models.add(jobs)
             deadline = jobs[0].deadline if jobs[0].limit is None else time.monotonic() + jobs[0].limit
             if deadline < self._deadline:
                 self._deadline = deadline
@@ -257,7 +258,8 @@ class Pool:
         name = models.model.name
         if self._loaded.get(name) is models:
             del self._loaded[name]
-        self._unusable[name] = (time.monotonic() + RETRY_SECONDS, error)
+        has_died = isinstance(error, ModelUnusable) and error.kind == "died"
+        self._unusable[name] = (time.monotonic() + (DIED_RETRY_SECONDS if has_died else RETRY_SECONDS), error)
 
     def ended(self, replica: Replica) -> None:
         """Forget a process that has ended."""

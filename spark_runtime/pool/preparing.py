@@ -9,7 +9,7 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from typing import TYPE_CHECKING, Any
 
 from spark_runtime.config import Model
-from spark_runtime.errors import ModelUnusable, SparkClosed, SparkError
+from spark_runtime.errors import ModelUnusable, NurseryDied, SparkClosed, SparkError
 from spark_runtime.models.identity import engine_identity
 from spark_runtime.models.prepared import ModelCache, ModelFile, Prepared
 from spark_runtime.pool.loop import PoolLoop
@@ -40,6 +40,7 @@ class Preparer:
         self._note = note
         self._interpreters: dict[str | None, Interpreter] = {}
         self._workers: set[_CompileWorker] = set()
+        self._is_closed = False
 
     def command(self, model: Model) -> list[str]:
         """Return what starts the nursery of a model that is prepared."""
@@ -74,6 +75,7 @@ class Preparer:
 
     def close(self) -> None:
         """Have whoever waits for a compilation wait no more; the loop has ended."""
+        self._is_closed = True
         for worker in list(self._workers):
             worker.abandon()
 
@@ -82,10 +84,13 @@ class Preparer:
         began = time.monotonic()
         limits = [COMPILE_SECONDS, COMPILE_BYTES]
         message = Compile(model.engine, model.settings(), limits)
-        worker = _CompileWorker(model, self._loop, answer, self._workers.discard)
-        self._workers.add(worker)
         descriptors = [os.dup(source), os.dup(code)]
-        self._loop.post(lambda: worker.start(self._start, message, descriptors))
+        worker = _CompileWorker(model, self._loop, answer, self._workers.discard, descriptors)
+        self._workers.add(worker)
+        if self._is_closed:  # looked at after adding: `close` either sees the worker or is seen here
+            worker.abandon()
+        else:
+            self._loop.post(lambda: worker.start(self._start, message))
         try:
             return answer.result(NOTICE_SECONDS)
         except FutureTimeout:
@@ -112,8 +117,10 @@ class _CompileWorker:
         loop: PoolLoop,
         answer: "Future[dict[str, Any]]",
         on_end: Callable[["_CompileWorker"], None],
+        descriptors: list[int],
     ) -> None:
         self._on_end = on_end
+        self._descriptors = descriptors  # until they are sent
         self._model = model
         self._loop = loop
         self._answer = answer
@@ -121,8 +128,10 @@ class _CompileWorker:
         self._is_frozen = False
         self._process = Process(0, self._exited, self._stopped)
 
-    def start(self, start: StartProcess, message: Compile, descriptors: list[int]) -> None:
+    def start(self, start: StartProcess, message: Compile) -> None:
         """Start the process and tell it what to do; what cannot be started fails the answer."""
+        if self._answer.done():
+            return  # it was abandoned meanwhile
         ours, theirs = socket.socketpair()
         self._channel = LoopChannel(self._loop, ours, self._deal, lambda reason: None)
         try:
@@ -130,11 +139,11 @@ class _CompileWorker:
         except SparkError as problem:
             self._channel.close()
             self._on_end(self)
-            for each in descriptors:
-                os.close(each)
+            self._close_descriptors()
             self._answer.set_exception(problem)
             return
-        self._channel.send(message, descriptors)
+        self._channel.send(message, self._descriptors)
+        self._descriptors = []
 
     def kill(self) -> None:
         """End it."""
@@ -152,10 +161,16 @@ class _CompileWorker:
 
     def abandon(self) -> None:
         """Let go of it: the loop has ended."""
+        self._on_end(self)
+        self._close_descriptors()
         if self._channel is not None:
             self._channel.disown()
         if not self._answer.done():
             self._answer.set_exception(SparkClosed("this Spark was closed while a model was compiled"))
+
+    def _close_descriptors(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.pop())
 
     def _deal(self, message: Message, descriptors: list[int]) -> None:
         if self._answer.done():
@@ -171,7 +186,9 @@ class _CompileWorker:
         self._channel.drain()
         self._channel.close()
         self._on_end(self)
-        if not self._answer.done():
+        if not self._answer.done() and self._process.pid is None:
+            self._answer.set_exception(NurseryDied("the process that starts workers ended; `spark doctor` shows why"))
+        elif not self._answer.done():
             how = f"exit code {status}" if status >= 0 else f"signal {-status}"
             self._answer.set_exception(
                 ModelUnusable(

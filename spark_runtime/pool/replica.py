@@ -10,14 +10,15 @@ from typing import Protocol
 import msgpack
 
 from spark_runtime.errors import ProtocolViolated
-from spark_runtime.pool.job import Job
+from spark_runtime.pool.job import SENT, Job
 from spark_runtime.pool.loop import PoolLoop
 from spark_runtime.processes.nursery import Nursery, Process, shared_page
-from spark_workers.channel import READ_SIZE
 from spark_workers.frames import FrameBroken, FrameDecoder, encode_frame
 from spark_workers.messages import Host, Message, MessageBroken, answer_in, decode, encode
 from spark_workers.replicas.page import Page
 
+READ_SIZE = 64 * 1024
+BUSY_SECONDS = 0.002
 STABLE_SECONDS = 1.0  # a process that ends sooner, and was at no call, has not really started
 ENTRY = "spark_workers.replicas.worker:start"
 
@@ -67,7 +68,9 @@ class Replica:
         self._last = 0
         self.is_open = True
         self._end, theirs = socket.socketpair()
-        self._end.setblocking(False)
+        self._reading = threading.Lock()  # who receives and delivers: the loop, or a caller that waits
+        # To receive into: one made for each receive costs more than the receive.
+        self._buffer = memoryview(bytearray(READ_SIZE))
         bell = shared_page()
         self._page = Page(bell)
         self._token_read, self._token_write = os.pipe()
@@ -108,7 +111,7 @@ class Replica:
             self._unsent += data
             return
         try:
-            sent = self._end.send(data)
+            sent = self._end.send(data, socket.MSG_DONTWAIT)
         except BlockingIOError:
             sent = 0
         except OSError:
@@ -125,6 +128,24 @@ class Replica:
             return len(os.read(self._token_read, count))
         except BlockingIOError:
             return 0
+
+    def read_for(self, job: Job) -> None:
+        """Read answers on the calling thread until *job* has ended, if nobody else reads; else return at once.
+
+        So a caller that waits is woken by its answer itself, and not by a thread that was. Whatever else is read
+        meanwhile is delivered as ever.
+        """
+        if self._unsent or not self._reading.acquire(blocking=False):
+            return
+        try:
+            if self.is_open and self._loop.mute(self._end.fileno()):
+                try:
+                    while job.state == SENT and self._receive(flags=0):
+                        self._deliver()
+                finally:
+                    self._loop.unmute(self._end.fileno())
+        finally:
+            self._reading.release()
 
     # --- the process ---
 
@@ -148,22 +169,27 @@ class Replica:
     # --- on the loop ---
 
     def _read(self) -> None:
-        self._receive()
-        self._deliver()
-
-    def _receive(self) -> bool:
-        """Receive once; tell whether there was anything."""
+        if not self._reading.acquire(blocking=False):
+            return  # a caller reads, and has us look again when it is done
         try:
-            data = self._end.recv(READ_SIZE)
+            size = self._receive()
+            if size:
+                self._deliver()
+            elif size == 0:
+                self._loop.remove_reader(self._end.fileno())  # the process has ended, or is about to
+        finally:
+            self._reading.release()
+
+    def _receive(self, flags: int = socket.MSG_DONTWAIT) -> int | None:
+        """Receive once; return how much, 0 at the end, None if there is nothing now."""
+        try:
+            size = self._end.recv_into(self._buffer, 0, flags)
         except BlockingIOError:
-            return False
+            return None
         except OSError:
-            data = b""
-        if not data:
-            self._loop.remove_reader(self._end.fileno())  # the process has ended, or is about to
-            return False
-        self._decoder.feed(data)
-        return True
+            return 0
+        self._decoder.feed(self._buffer[:size])
+        return size
 
     def _deliver(self) -> None:
         try:
@@ -174,17 +200,22 @@ class Replica:
                 else:
                     self._observer.on_message(self, decode(payload))
         except (FrameBroken, MessageBroken, ProtocolViolated) as problem:
-            self._loop.remove_reader(self._end.fileno())
             self.kill(f"it broke the protocol: {problem}")
 
     def _write_later(self) -> None:
-        if self.is_open and self._unsent:
-            self._loop.add_writer(self._end.fileno(), self._write)
+        if not self._reading.acquire(blocking=False):
+            self._loop.call_later(BUSY_SECONDS, self._write_later)  # a caller reads, and the loop must not look
+            return
+        try:
+            if self.is_open and self._unsent:
+                self._loop.add_writer(self._end.fileno(), self._write)
+        finally:
+            self._reading.release()
 
     def _write(self) -> None:
         with self._lock:
             try:
-                sent = self._end.send(self._unsent)
+                sent = self._end.send(self._unsent, socket.MSG_DONTWAIT)
                 del self._unsent[:sent]
             except BlockingIOError:
                 return
@@ -194,11 +225,12 @@ class Replica:
                 self._loop.remove_writer(self._end.fileno())
 
     def _exited(self, status: int) -> None:
-        while self._receive():
-            pass
-        self._deliver()
-        self._loop.remove_reader(self._end.fileno())
-        self._loop.remove_writer(self._end.fileno())
+        with self._reading:  # a caller that reads sees the end as well, and lets go
+            while self._receive():
+                pass
+            self._deliver()
+            self._loop.remove_reader(self._end.fileno())
+            self._loop.remove_writer(self._end.fileno())
         with self._lock:
             self._last = self._page.at()
             self._release()

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from spark_runtime.processes.channel import LoopChannel
+from spark_runtime.processes.children import our_children
 from spark_runtime.processes.loop import Loop
 from spark_workers import system
 from spark_workers.messages import (
@@ -72,7 +73,7 @@ class Nursery:
     ) -> None:
         """Start one that imports *modules*. *command* and *environment* are those of this process if None."""
         ours, theirs = socket.socketpair()
-        self._popen = subprocess.Popen(
+        self._popen = our_children.start(
             [*(command or this_interpreter()), "nursery", str(theirs.fileno()), str(os.getpid())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,

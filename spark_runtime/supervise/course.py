@@ -18,6 +18,7 @@ from pathlib import Path
 from spark_runtime.config import RunOptions
 from spark_runtime.errors import NurseryDied
 from spark_runtime.supervise.code import Code, CodeBroken, Version
+from spark_runtime.supervise.executions import Executions
 from spark_runtime.supervise.jobs import Job, Jobs
 from spark_runtime.supervise.lifecycle import Event, State, next_state
 from spark_runtime.supervise.picture import Picture
@@ -44,7 +45,15 @@ class Course:
     _reports: Reports
     _waits: Waits
 
-    def __init__(self, options: RunOptions, code: Code, picture: Picture, jobs: Jobs, state: RunState) -> None:
+    def __init__(
+        self,
+        options: RunOptions,
+        code: Code,
+        picture: Picture,
+        jobs: Jobs,
+        state: RunState,
+        executions: Executions,
+    ) -> None:
         self.ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self.picture = picture
         self.jobs = jobs
@@ -57,6 +66,7 @@ class Course:
         self.interrupts = 0
         self._options = options
         self._code = code
+        self._executions = executions
         self._fallback: Version | None = None  # what ran before, while nothing runs and newer code is being loaded
         self._then: Callable[[], None] | None = None  # in place of the usual, when the current worker is gone
         self._planned: set[Job] = set()
@@ -240,6 +250,7 @@ class Course:
     def on_gone(self, cast: Cast, death: Death) -> None:
         """The worker that ran the script is dead: go on as it left."""
         self.state.forget_worker(cast.worker.number)
+        self._executions.drop(cast.worker)
         self.timers.cancel("frozen")
         then, self._then = self._then, None
         if self.ended.done():

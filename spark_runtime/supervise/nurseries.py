@@ -6,10 +6,10 @@ more is kept while it has workers, because it is their parent.
 """
 
 import asyncio
-import os
 from collections.abc import Callable
 
 from spark_runtime.errors import NurseryDied
+from spark_runtime.processes.children import our_children
 from spark_runtime.processes.nursery import Nursery, Process
 from spark_workers import system
 
@@ -30,7 +30,6 @@ class Nurseries:
         self._failures = 0
         self._is_closing = False
         self._tried: set[str] = set()
-        self._nursery_pids: set[int] = set()  # those that have ended included, until they are reaped
         self._burials: set[asyncio.Future[None]] = set()
         self._current = self._start(modules)
 
@@ -67,7 +66,6 @@ class Nurseries:
                 nursery.kill()
                 break
             await asyncio.sleep(0.005)
-        self._nursery_pids.discard(nursery.pid)
         await self._clear_orphans()
 
     async def _clear_orphans(self) -> None:
@@ -78,7 +76,7 @@ class Nurseries:
         if not system.adopts_orphans():
             return
         limit = asyncio.get_running_loop().time() + ORPHAN_SECONDS
-        while orphans := [pid for pid in system.children(os.getpid()) if pid not in self._nursery_pids]:
+        while orphans := our_children.orphans():
             is_late = asyncio.get_running_loop().time() > limit
             for pid in [each for orphan in orphans for each in (*system.descendants(orphan), orphan)]:
                 if is_late or not system.is_resource_tracker(pid):
@@ -104,7 +102,6 @@ class Nurseries:
     def _start(self, modules: list[str]) -> Nursery:
         nursery = Nursery(asyncio.get_running_loop(), [SCRIPT_WORKER, *modules], self._ready, self._lost)
         self._all.append(nursery)
-        self._nursery_pids.add(nursery.pid)
         return nursery
 
     def _ready(self, nursery: Nursery) -> None:

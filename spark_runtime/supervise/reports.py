@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from spark_runtime.errors import ProtocolViolated, RequestRefused
+from spark_runtime.supervise.executions import Executions
 from spark_runtime.supervise.nurseries import Nurseries
 from spark_runtime.supervise.preload import PreloadList
 from spark_runtime.supervise.saves import Saves
@@ -24,7 +25,9 @@ FROZEN_SECONDS = 1.0
 class Reports:
     """One method for each message. A message that is not in the table, or does not fit, ends the worker."""
 
-    def __init__(self, course: Course, saves: Saves, preload: PreloadList, nurseries: Nurseries) -> None:
+    def __init__(
+        self, course: Course, saves: Saves, preload: PreloadList, nurseries: Nurseries, executions: Executions
+    ) -> None:
         self._course = course
         self._saves = saves
         self._preload = preload
@@ -42,6 +45,8 @@ class Reports:
             m.Began: lambda cast, event: jobs.began(event.id),
             m.Returned: lambda cast, event: jobs.returned(event),
             m.Raised: lambda cast, event: jobs.raised(event),
+            m.Execute: lambda cast, event: executions.execute(cast.worker, event),
+            m.StopExecute: lambda cast, event: executions.stop(cast.worker, event),
             m.Note: lambda cast, event: self._picture.note(event.text, event.level),
             m.Stayed: lambda cast, event: course.on_stayed(),
             m.Unread: self._unread,

@@ -9,6 +9,7 @@
     saves       which saved files make a difference                     (watcher, code)
     state       the newest snapshot, in memory and on disk              (segments, store)
     jobs        calls of exposed functions, over reloads and crashes
+    executions  calls that the script makes of models
     picture     what clients see
 
 Everything happens on one asyncio loop, one event at a time; nothing here blocks.
@@ -21,6 +22,7 @@ from typing import Any
 from spark_runtime.config import RunOptions
 from spark_runtime.supervise.code import Code
 from spark_runtime.supervise.course import Course
+from spark_runtime.supervise.executions import Executions
 from spark_runtime.supervise.jobs import Jobs
 from spark_runtime.supervise.nurseries import Nurseries
 from spark_runtime.supervise.picture import Picture
@@ -50,11 +52,12 @@ class Run:
         self.state = RunState(Segments(scratch), folder, self.picture.warn)
         self._nurseries = Nurseries(preload.modules, preload.left_out, self._leave_out)
         self._code = Code(options.script)
-        self._course = Course(options, self._code, self.picture, self.jobs, self.state)
+        self._executions = Executions(options.models, self.picture.note)
+        self._course = Course(options, self._code, self.picture, self.jobs, self.state, self._executions)
         self._saves = Saves(
             self._course, self._code, watch=options.watch, poll=options.poll, on_trouble=self.picture.warn
         )
-        reports = Reports(self._course, self._saves, self._preload, self._nurseries)
+        reports = Reports(self._course, self._saves, self._preload, self._nurseries, self._executions)
         self._stage = Stage(self._course, self._nurseries, self._on_output, options.program, options.arguments)
         self._waits = Waits(self._stage, self.picture)
         self._course.join(self._stage, self._saves, reports, self._waits)
@@ -88,6 +91,7 @@ class Run:
         await self._saves.aclose()
         for worker in self._stage.workers():
             worker.kill("the run is over")
+        await self._executions.aclose()
         await self._nurseries.aclose()
         self.jobs.fail_all("the run is over")
         await self.state.aclose()

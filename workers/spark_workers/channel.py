@@ -103,6 +103,10 @@ class Channel:
             return None
         return decode(frame.payload), [self._descriptors.popleft() for _ in range(frame.descriptors)]
 
+    def take_rest(self) -> bytes:
+        """Return what was received beyond the last message, for whoever reads the socket from now on."""
+        return self._decoder.take_rest()
+
     def close(self) -> None:
         """Close the socket and every descriptor that nobody took."""
         self._end.close()

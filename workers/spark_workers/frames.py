@@ -97,6 +97,12 @@ class FrameDecoder:
         del self._buffer[:end]
         return payload, descriptors
 
+    def take_rest(self) -> bytes:
+        """Return the bytes of frames that were not asked for, and forget them."""
+        rest = bytes(self._buffer)
+        self._buffer.clear()
+        return rest
+
     def is_empty(self) -> bool:
         """Tell whether the stream stands between two frames."""
         return not self._buffer

@@ -1,6 +1,6 @@
-"""The entry of a compile worker: one module, one answer, and the process ends.
+"""The entry of a compile worker: one module or package, one answer, and the process ends.
 
-The module may be anything. It is read, checked and compiled nowhere else, under limits of processor time and memory, so
+It may be anything. It is read, checked and compiled nowhere else, under limits of processor time and memory, so
 that the worst it can do is to end this process.
 """
 
@@ -10,17 +10,18 @@ import resource
 import signal
 import socket
 import threading
-from typing import Any
+from typing import Any, cast
 
 from spark_workers.channel import Channel
 from spark_workers.engines.outline import COMPONENT, MAGIC, MODULE, Outline, OutlineUnreadable, read_outline
-from spark_workers.engines.seam import Engine, Settings, open_engine
+from spark_workers.engines.seam import Engine, LinkingEngine, Settings, open_engine
 from spark_workers.engines.streams import read_all
 from spark_workers.failpoints import hit
 from spark_workers.hosts.failures import GuestFailed
 from spark_workers.hosts.look import check_imports, report
 from spark_workers.messages import Compile, Compiled, Message, Refused
 
+ZIP = b"PK\x03\x04"
 _LAST_SECONDS = 1  # between the limit at which we say so and the one at which the kernel kills
 
 
@@ -50,7 +51,11 @@ def _answer(message: Compile, module: int, target: int, memory: int) -> Message:
     settings = Settings(**message.settings)
     try:
         wasm = read_all(module)
-        code, found = compile_module(open_engine(message.engine, settings), wasm, settings)
+        engine = open_engine(message.engine, settings)
+        if wasm.startswith(ZIP):
+            code, found = compile_package(message.engine, engine, wasm)
+        else:
+            code, found = compile_module(engine, wasm, settings)
         hit("compile.write")
         _write(target, code)
     except GuestFailed as problem:
@@ -62,6 +67,20 @@ def _answer(message: Compile, module: int, target: int, memory: int) -> Message:
         text = f"its machine code cannot be written: {problem.strerror}"
         return Refused("over-limit", text, {"errno": problem.errno or errno.EIO})
     return Compiled(found)
+
+
+def compile_package(name: str, engine: Engine, data: bytes) -> tuple[bytes, dict[str, Any]]:
+    """Return all that replicas need of the Neuron package *data*, and the report on it.
+
+    Raises:
+        GuestFailed: As `compile_module`.
+    """
+    from spark_workers.hosts.neuron_parts import prepare_package  # only for packages, and never in a replica
+
+    if name != "wasmtime":
+        text = f"Neuron packages run on wasmtime, and this model asks for {name}; leave its engine out"
+        raise GuestFailed("unsupported-import", text)
+    return prepare_package(cast(LinkingEngine, engine), data)
 
 
 def compile_module(engine: Engine, wasm: bytes, settings: Settings) -> tuple[bytes, dict[str, Any]]:

@@ -12,19 +12,20 @@ import time
 
 import msgpack
 
-from spark_workers.channel import Channel
+from spark_workers.channel import READ_SIZE, Channel
 from spark_workers.engines.seam import Settings
 from spark_workers.failpoints import hit
-from spark_workers.frames import HEADER, MAGIC, MAX_PAYLOAD, VERSION
+from spark_workers.frames import HEADER, MAGIC, MAX_PAYLOAD, VERSION, FrameDecoder
 from spark_workers.hosts.failures import GuestFailed
 from spark_workers.hosts.host import Host as ModelHost
 from spark_workers.hosts.host import open_host
-from spark_workers.messages import Answered, Failed, Host, Hosted, Message, Printed, Refused, Work
+from spark_workers.messages import Failed, Host, Hosted, Printed, Refused, work_in
 from spark_workers.replicas.page import Page
 
 _pack = msgpack.Packer(autoreset=True).pack
 _STOP_SIGNAL = signal.SIGUSR1
 AGAIN_SECONDS = 0.005
+MOST = MAX_PAYLOAD - 64  # of an answer: the message around it takes a little
 
 
 def start(channel_descriptor: int, bell_descriptor: int) -> int:
@@ -56,7 +57,7 @@ def start(channel_descriptor: int, bell_descriptor: int) -> int:
 
 
 class Replica:
-    """The loop from work to answers."""
+    """The loop from work to answers. What it does for every call is written out, because it is done for every call."""
 
     def __init__(self, end: socket.socket, channel: Channel, page: Page, host: ModelHost, tokens: int) -> None:
         self._end = end
@@ -67,16 +68,23 @@ class Replica:
         os.set_blocking(tokens, False)
         self._lock = threading.Lock()
         self._current = 0  # the call that may be interrupted, under the lock
+        self._is_stoppable = False
 
     def serve(self) -> None:
         """Run calls until the supervisor goes, which `EOFError` tells."""
+        buffer = memoryview(bytearray(READ_SIZE))  # kept: a fresh one for each receive costs more than the call
+        decoder = FrameDecoder()
+        decoder.feed(self._channel.take_rest())
         while True:
-            message, _ = self._channel.receive()
-            if not isinstance(message, Work):
-                raise RuntimeError(f"a replica was sent {type(message).__name__}")
-            for serial, function, payload in message.calls:
-                if not message.ahead or self._take_token():
-                    self._send(self._run(serial, function, payload))
+            while (payload := decoder.next_payload()) is not None:
+                calls, is_ahead = work_in(payload)
+                for serial, function, request in calls:
+                    if not is_ahead or self._take_token():
+                        self._run(serial, function, request)
+            size = self._end.recv_into(buffer)
+            if not size:
+                raise EOFError("the supervisor is gone")
+            decoder.feed(buffer[:size])
 
     def listen_for_stops(self) -> None:
         """Interrupt the guest when the supervisor signals, from a thread of its own.
@@ -85,6 +93,7 @@ class Replica:
         """
         read_end, write_end = os.pipe()
         os.set_blocking(write_end, False)
+        self._is_stoppable = True
         signal.signal(_STOP_SIGNAL, lambda number, frame: None)
         signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
         threading.Thread(target=self._stop_when_asked, args=(read_end,), name="spark-stops", daemon=True).start()
@@ -111,41 +120,45 @@ class Replica:
         except BlockingIOError:
             return False  # the supervisor has taken this call back
 
-    def _run(self, serial: int, function: str, payload: bytes) -> Message:
+    def _run(self, serial: int, function: str, request: bytes) -> None:
+        """Run one call and send its answer."""
         self._page.mark(serial)
         hit("replica.begin")
-        with self._lock:
-            self._current = serial
-        if self._page.to_stop() == serial:
-            self._current = 0
-            return Failed(serial, "interrupted", "it was stopped before it began", {}, 0.0)
+        if self._is_stoppable and not self._begin(serial):
+            self._channel.send(Failed(serial, "interrupted", "it was stopped before it began", {}, 0.0))
+            return
         began = time.perf_counter()
         try:
-            if function:
-                numbers = self._host.call(function, msgpack.unpackb(payload))
-                answer: bytes = msgpack.packb(numbers)
-            else:
-                answer = self._host.run(payload)
+            answer = self._call(function, request) if function else self._host.run(request)
         except GuestFailed as problem:
             seconds = time.perf_counter() - began
-            return Failed(serial, problem.kind, str(problem), problem.details, seconds)
-        finally:
+            failed: Failed | None = Failed(serial, problem.kind, str(problem), problem.details, seconds)
+        else:
+            seconds = time.perf_counter() - began
+            failed = None
+        if self._is_stoppable:
             with self._lock:
                 self._current = 0
-        seconds = time.perf_counter() - began
-        if len(answer) > MAX_PAYLOAD - 64:
-            text = f"an answer of {len(answer)} bytes is over the limit of {MAX_PAYLOAD - 64}"
-            return Failed(serial, "bad-answer", text, {}, seconds)
-        return Answered(serial, answer, seconds)
-
-    def _send(self, message: Message) -> None:
-        printed = self._host.take_printed()
-        if printed:
-            serial: int = message.serial  # type: ignore[attr-defined]
+        if printed := self._host.take_printed():
             self._channel.send(Printed(serial, printed))
         hit("replica.answer")
-        if isinstance(message, Answered):  # by far the most: without the checks that its types make needless
-            packed = _pack(["Answered", message.serial, message.answer, message.seconds])
-            self._end.sendall(HEADER.pack(MAGIC, VERSION, 0, len(packed)) + packed)
-        else:
-            self._channel.send(message)
+        if failed is None and len(answer) > MOST:
+            text = f"an answer of {len(answer)} bytes is over the limit of {MOST}"
+            failed = Failed(serial, "bad-answer", text, {}, seconds)
+        if failed is not None:
+            self._channel.send(failed)
+            return
+        packed = _pack(["Answered", serial, answer, seconds])
+        self._end.sendall(HEADER.pack(MAGIC, VERSION, 0, len(packed)) + packed)
+
+    def _call(self, function: str, request: bytes) -> bytes:
+        numbers = self._host.call(function, msgpack.unpackb(request))
+        packed: bytes = msgpack.packb(numbers)
+        return packed
+
+    def _begin(self, serial: int) -> bool:
+        """Have interrupts of this call reach the guest; tell whether it shall begin at all."""
+        with self._lock:
+            is_wanted = self._page.to_stop() != serial
+            self._current = serial if is_wanted else 0
+        return is_wanted
