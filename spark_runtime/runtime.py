@@ -243,11 +243,11 @@ class Spark:
     def _wait(self, name: str, function: str, payload: bytes, timeout: float | None) -> tuple[bytes, int]:
         limit = self._limit(name, timeout)
         job = Waiting(function, payload, NEVER if limit is None else time.monotonic() + limit)
-        self._pool.submit(name, (job,))
         try:
+            self._pool.submit(name, (job,))
             return job.wait()
-        except BaseException:
-            self._pool.stop(name, job)  # nobody waits for it any more: a KeyboardInterrupt for example
+        except KeyboardInterrupt:
+            self._pool.abandon(name, job)
             raise
 
     def _stop(self, call: Call) -> bool:

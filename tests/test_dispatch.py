@@ -27,8 +27,8 @@ class FakeReplica:
         self.tokens -= taken
         return taken
 
-    def read_for(self, job: Job) -> None:
-        pass
+    def read_for(self, job: Job, lane: Lane) -> None:
+        raise AssertionError("no job here reads by itself")
 
     def begin_next(self) -> None:
         """Take the token of the next call sent ahead."""

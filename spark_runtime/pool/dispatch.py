@@ -35,8 +35,8 @@ class Port(Protocol):
     def take_back(self, count: int) -> int:
         """Take back up to *count* tokens; return how many."""
 
-    def read_for(self, job: Job) -> None:
-        """Read on the calling thread until *job* has ended, or return at once. Without the lock."""
+    def read_for(self, job: Job, lane: "Lane") -> None:
+        """Read on the calling thread until *job*, which says that its caller reads, has ended. Without the lock."""
 
 
 class Lane:
@@ -98,6 +98,7 @@ class Dispatcher:
         if self._idle and not self.waiting_count:
             self._send(self._idle.popleft(), [job])
             return
+        job.reads = False
         self._waiting.append(job)
         self.waiting_count += 1
         low = self.window // 2
@@ -115,7 +116,7 @@ class Dispatcher:
         """Put calls that no replica began where they came from: to the front, in order."""
         for job in reversed(jobs):
             if job.state != FINISHED:
-                job.state, job.serial = WAITING, 0
+                job.state, job.serial, job.reads = WAITING, 0, False
                 if job.limit is not None:
                     job.deadline = NEVER
                 self._waiting.appendleft(job)
@@ -180,6 +181,12 @@ class Dispatcher:
         """Send a replica nothing more; what it is at it may answer."""
         self._forget(lane)
         self.give_back(lane.take_back())
+
+    def mend(self) -> None:
+        """Make the ledgers agree after a caller was interrupted in the middle of `add`, by Ctrl-C for example."""
+        self._idle.extend(lane for lane in self.lanes if not lane.sent and lane not in self._idle)
+        self.waiting_count = sum(job.state == WAITING for job in self._waiting)
+        self._feed()
 
     def _forget(self, lane: Lane) -> None:
         if lane.is_open:

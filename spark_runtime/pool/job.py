@@ -26,9 +26,21 @@ class Job:
         limit: Seconds from when a replica gets it, in place of a deadline from the start; None for a fixed one.
         ended: How many replicas ended at it.
         ended_before: How many ended when it was the next that they would have begun.
+        reads: Its caller will read the answer from the replica by itself. Given up when it has to wait for one.
     """
 
-    __slots__ = ("deadline", "ended", "ended_before", "function", "lane", "limit", "payload", "serial", "state")
+    __slots__ = (
+        "deadline",
+        "ended",
+        "ended_before",
+        "function",
+        "lane",
+        "limit",
+        "payload",
+        "reads",
+        "serial",
+        "state",
+    )
 
     def __init__(self, function: str, payload: bytes, deadline: float = NEVER, limit: float | None = None) -> None:
         self.function = function
@@ -40,6 +52,7 @@ class Job:
         self.lane: Lane | None = None
         self.ended = 0
         self.ended_before = 0
+        self.reads = False
 
     def resolve(self, answer: bytes, replica: int) -> None:
         """Take the answer. Called once, without the lock, usually on the loop's thread."""
@@ -60,6 +73,7 @@ class Waiting(Job):
         self._answer = b""
         self._replica = 0
         self._error: Exception | None = None
+        self.reads = True
         self._ended = threading.Lock()
         self._ended.acquire()
 
@@ -75,8 +89,8 @@ class Waiting(Job):
 
     def wait(self) -> tuple[bytes, int]:
         """Return the answer and which replica gave it. Raises what `fail` was given."""
-        if self.state == SENT and self.lane is not None:
-            self.lane.port.read_for(self)
+        if self.reads and self.lane is not None:
+            self.lane.port.read_for(self, self.lane)
         self._ended.acquire()
         if self._error is not None:
             raise self._error
@@ -113,12 +127,6 @@ class Call(Job, StoppableFuture):
         if self.state != FINISHED and self._stop(self):
             self.set_cancelled()
         return self.cancelled()
-
-    def result(self, timeout: float | None = None) -> Any:
-        """Wait for the answer; see `spark_runtime.Spark.execute` for the errors."""
-        if timeout is None and self.state == SENT and self.lane is not None:
-            self.lane.port.read_for(self)
-        return super().result(timeout)
 
     def running(self) -> bool:
         """Tell whether a replica has it."""

@@ -88,12 +88,16 @@ class PoolLoop:
         self._waking = threading.Lock()  # whoever held it does not exist either
         self._end()
 
-    def mute(self, fd: int) -> bool:
-        """Have *fd* not looked at while another thread reads it; return False if that cannot be."""
-        if self._epoll is None:
-            return False  # a poll object is not to be changed while its thread waits in it
-        self._epoll.unregister(fd)
-        return True
+    @property
+    def can_mute(self) -> bool:
+        """Whether other threads may use `mute`: a poll object is not to be changed while its thread waits in it."""
+        return self._epoll is not None
+
+    def mute(self, fd: int) -> None:
+        """Have *fd* not looked at, while another thread reads it."""
+        assert self._epoll is not None
+        if not self._has_ended:
+            self._epoll.unregister(fd)
 
     def unmute(self, fd: int) -> None:
         """Have it looked at again; what has arrived meanwhile is told."""

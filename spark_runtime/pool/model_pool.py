@@ -320,7 +320,7 @@ class ModelPool:
             self._starting.add(replica)
 
     def _lack(self, problem: OSError) -> None:
-        """Try again later where there is nothing to make a process of, such as descriptors; tell it if that stays so."""
+        """Try again later where a process cannot be made, for want of descriptors perhaps; tell it if that stays so."""
         self._failures += 1
         if self._failures < MAX_FAILURES or self._serving:
             self._fill_soon(self._backoff())
@@ -518,7 +518,10 @@ class ModelPool:
             job.fail(problem)
         if is_hopeless or (was_starting and self._old and self._failures >= MAX_FAILURES):
             name = self.model.name
-            self.failed(ModelUnusable(f"model {name!r}: its process ends before it can take a call: {how}", "died"))
+            if replica.pid is None:  # it was never there
+                self.failed(NurseryDied(f"model {name!r}: what starts its processes ended; `spark doctor` shows why"))
+            else:
+                self.failed(ModelUnusable(f"model {name!r}: its process ends before it can take a call: {how}", "died"))
 
     def _settle(self, replica: Replica, jobs: deque[Job], how: str) -> tuple[list[tuple[Job, SparkError]], list[Job]]:
         """Of the calls that a dead process had, return those that fail, with their errors, and those not begun."""

@@ -117,6 +117,16 @@ class Pool:
             self._loaded[name].stop(job)
         return True
 
+    def abandon(self, name: str, job: Job) -> None:
+        """Finish a call whose caller was interrupted, in whatever it was."""
+        with self.lock:
+            models = self._loaded.get(name)
+            if models is None:
+                return
+            if job.state != FINISHED:
+                models.stop(job)
+            models.dispatcher.mend()
+
     def prepared(self, model: Model) -> tuple[ModelFile, Prepared]:
         """Prepare a model without running it; blocks. Errors as `Preparer.prepare`."""
         return self._preparer.prepare(model)

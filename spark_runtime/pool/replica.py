@@ -5,7 +5,7 @@ import signal
 import socket
 import threading
 import time
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgpack
 
@@ -16,6 +16,9 @@ from spark_runtime.processes.nursery import Nursery, Process, shared_page
 from spark_workers.frames import FrameBroken, FrameDecoder, encode_frame
 from spark_workers.messages import Host, Message, MessageBroken, answer_in, decode, encode
 from spark_workers.replicas.page import Page
+
+if TYPE_CHECKING:
+    from spark_runtime.pool.dispatch import Lane
 
 READ_SIZE = 64 * 1024
 BUSY_SECONDS = 0.002
@@ -68,7 +71,10 @@ class Replica:
         self._last = 0
         self.is_open = True
         self._end, theirs = socket.socketpair()
-        self._reading = threading.Lock()  # who receives and delivers: the loop, or a caller that waits
+        self._reading = threading.RLock()  # who receives and delivers: the loop, or a caller that waits
+        self._readers = 0  # callers that read, or are about to: one, and what its callbacks call
+        self._is_muted = False  # the loop does not look
+        self._is_at_end = False  # and will not any more
         # To receive into: one made for each receive costs more than the receive.
         self._buffer = memoryview(bytearray(READ_SIZE))
         bell = shared_page()
@@ -101,23 +107,34 @@ class Replica:
         """Send calls; what is sent to a replica that is gone comes back when its death is dealt with."""
         if not self.is_open:
             return
+        if first is not None and first.reads and self._loop.can_mute and not self._is_at_end:
+            self._readers += 1
+            if not self._is_muted:  # and so it stays afterwards: an idle replica has nothing to say
+                self._is_muted = True
+                self._loop.mute(self._end.fileno())
+        else:
+            if first is not None:
+                first.reads = False
+            if not self._readers:
+                self._listen()
         data = b""
         if first is not None:
             data = _frame([[first.serial, first.function, first.payload]], False)
         if ahead:
             os.write(self._token_write, b"\1" * len(ahead))
             data += _frame([[job.serial, job.function, job.payload] for job in ahead], True)
-        if self._unsent:
-            self._unsent += data
-            return
         try:
-            sent = self._end.send(data, socket.MSG_DONTWAIT)
+            sent = self._end.send(data, socket.MSG_DONTWAIT) if not self._unsent else 0
         except BlockingIOError:
             sent = 0
         except OSError:
-            return  # it has ended; the nursery will say how
+            sent = len(data)  # it has ended; the nursery will say how
         if sent < len(data):
             self._unsent += memoryview(data)[sent:]
+            if first is not None and first.reads:  # it would wait for the answer to what only the loop sends
+                first.reads = False
+                self._readers -= 1
+                self._listen()
             self._loop.post(self._write_later)
 
     def take_back(self, count: int) -> int:
@@ -129,23 +146,29 @@ class Replica:
         except BlockingIOError:
             return 0
 
-    def read_for(self, job: Job) -> None:
-        """Read answers on the calling thread until *job* has ended, if nobody else reads; else return at once.
+    def read_for(self, job: Job, lane: "Lane") -> None:
+        """Read answers on the calling thread until *job* has ended; what else comes is delivered as ever.
 
-        So a caller that waits is woken by its answer itself, and not by a thread that was. Whatever else is read
-        meanwhile is delivered as ever.
+        So a caller that waits is woken by its answer, and not by a thread that was woken by it.
         """
-        if self._unsent or not self._reading.acquire(blocking=False):
-            return
         try:
-            if self.is_open and self._loop.mute(self._end.fileno()):
-                try:
-                    while job.state == SENT and self._receive(flags=0):
-                        self._deliver()
-                finally:
-                    self._loop.unmute(self._end.fileno())
+            with self._reading:
+                while job.state == SENT and self._receive(flags=0):
+                    self._deliver()
+        except BaseException:  # a KeyboardInterrupt: what was received may be lost, so nothing more can be read
+            self.kill("a caller was interrupted while it read")
+            raise
         finally:
-            self._reading.release()
+            with self._lock:
+                self._readers -= 1
+                if not self._readers and (lane.sent or job.state == SENT):
+                    self._listen()  # others wait for answers; or the process has ended, which the loop deals with
+
+    def _listen(self) -> None:
+        """Have the loop read again."""
+        if self._is_muted and self.is_open and not self._is_at_end:
+            self._is_muted = False
+            self._loop.unmute(self._end.fileno())
 
     # --- the process ---
 
@@ -175,8 +198,8 @@ class Replica:
             size = self._receive()
             if size:
                 self._deliver()
-            elif size == 0:
-                self._loop.remove_reader(self._end.fileno())  # the process has ended, or is about to
+            elif size == 0:  # the process has ended, or is about to
+                self._stop_reading()
         finally:
             self._reading.release()
 
@@ -203,14 +226,12 @@ class Replica:
             self.kill(f"it broke the protocol: {problem}")
 
     def _write_later(self) -> None:
-        if not self._reading.acquire(blocking=False):
-            self._loop.call_later(BUSY_SECONDS, self._write_later)  # a caller reads, and the loop must not look
-            return
-        try:
-            if self.is_open and self._unsent:
+        with self._lock:
+            if self._readers:  # and so the loop must not look
+                self._loop.call_later(BUSY_SECONDS, self._write_later)
+            elif self.is_open and self._unsent:
+                self._listen()
                 self._loop.add_writer(self._end.fileno(), self._write)
-        finally:
-            self._reading.release()
 
     def _write(self) -> None:
         with self._lock:
@@ -229,12 +250,18 @@ class Replica:
             while self._receive():
                 pass
             self._deliver()
-            self._loop.remove_reader(self._end.fileno())
-            self._loop.remove_writer(self._end.fileno())
+            self._stop_reading()
         with self._lock:
             self._last = self._page.at()
             self._release()
         self._observer.on_death(self, status, self._reason)
+
+    def _stop_reading(self) -> None:
+        with self._lock:
+            self._listen()  # so that there is something to undo
+            self._is_at_end = True
+            self._loop.remove_reader(self._end.fileno())
+            self._loop.remove_writer(self._end.fileno())
 
     def _release(self) -> None:
         self.is_open = False
