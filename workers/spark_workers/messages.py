@@ -428,6 +428,15 @@ class Work(Message):
     ahead: bool
 
 
+@dataclass(frozen=True, slots=True)
+class XAnswer(Message):
+    """The answer to `XCall` of call *serial*; with an *error*, a sentence, there is none and the call fails with it."""
+
+    serial: int
+    answer: bytes
+    error: str
+
+
 # --- replica to supervisor -------------------------------------------------------------------------------------------
 
 
@@ -454,6 +463,14 @@ class Failed(Message):
     message: str
     details: dict[str, Json]
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class XCall(Message):
+    """During call *serial* the model asks another service for something, as JSON. It waits for an `XAnswer`."""
+
+    serial: int
+    request: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -538,6 +555,21 @@ def answer_in(payload: bytes) -> tuple[int, bytes, float] | None:
     if type(serial) is int and type(answer) is bytes and type(seconds) is float:
         return serial, answer, seconds
     return None
+
+
+def work_in(payload: bytes) -> tuple[list[tuple[int, str, bytes]], bool]:
+    """Return the fields of a `Work`, for a replica, which is sent nothing else unasked and trusts its supervisor.
+
+    Raises:
+        MessageBroken: It is something else.
+    """
+    try:
+        name, calls, ahead = msgpack.unpackb(payload)
+    except (ValueError, TypeError, msgpack.UnpackException) as problem:
+        raise MessageBroken(f"not work: {problem}") from problem
+    if name != "Work":
+        raise MessageBroken(f"a replica was sent {name}")
+    return calls, ahead
 
 
 def decode(payload: bytes) -> Message:
