@@ -4,9 +4,7 @@ A message travels as ``[name, field, field, ...]``. Decoding checks the name, th
 one, and refuses anything else: nothing that a worker sends is trusted. The receiver chooses by type.
 """
 
-import dataclasses
 import typing
-from dataclasses import dataclass
 from typing import Any
 
 import msgpack
@@ -22,28 +20,75 @@ class MessageBroken(ValueError):
 
 
 _TYPES: dict[str, type["Message"]] = {}
+T = typing.TypeVar("T", bound="Message")
+
+if typing.TYPE_CHECKING:
+    from typing import dataclass_transform
+else:
+
+    def dataclass_transform(**_: object) -> object:
+        """Stand in for what Python 3.10 does not have and no Python needs to run."""
+        return lambda decorator: decorator
 
 
 class Message:
-    """Base of everything that travels. Subclasses are frozen dataclasses and register themselves by name."""
+    """Base of everything that travels: a frozen record with slots, known by its name. Made by `message`."""
 
-    __slots__ = ()
+    __slots__: tuple[str, ...] = ()
 
-    def __init_subclass__(cls) -> None:
-        _TYPES[cls.__name__] = cls  # the later class wins: dataclass(slots=True) makes a second one
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and _values(self) == _values(other)
+
+    def __hash__(self) -> int:
+        return hash((type(self), *_values(self)))
+
+    def __repr__(self) -> str:
+        shown = (f"{name}={getattr(self, name)!r}" for name in type(self).__slots__)
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"{type(self).__name__}.{name}: a message does not change")
+
+
+@dataclass_transform(frozen_default=True)
+def message(cls: type[T]) -> type[T]:
+    """Make a message of a class with annotations, as ``dataclass(frozen=True, slots=True)`` would.
+
+    That takes half a millisecond for each, and there are fifty, to be made at the start of every process there is.
+    """
+    names = tuple(cls.__annotations__)
+    kept = {
+        name: value
+        for name, value in cls.__dict__.items()
+        if name not in (*names, "__slots__", "__dict__", "__weakref__")
+    }
+    made: type[T] = type(cls.__name__, cls.__bases__, {**kept, "__slots__": names, "__match_args__": names})
+    given = {f"_default_{name}": cls.__dict__[name] for name in names if name in cls.__dict__}
+    setters = {f"_set_{name}": made.__dict__[name].__set__ for name in names}
+    params = ", ".join(f"{name}=_default_{name}" if f"_default_{name}" in given else name for name in names)
+    body = "; ".join(f"_set_{name}(self, {name})" for name in names) or "pass"
+    space: dict[str, typing.Any] = {**given, **setters}
+    exec(f"def __init__(self, {params}): {body}", space)  # noqa: S102 - our own field names, nothing else
+    made.__init__ = space["__init__"]  # type: ignore[method-assign]
+    _TYPES[made.__name__] = made
+    return made
+
+
+def _values(each: Message) -> list[object]:
+    return [getattr(each, name) for name in type(each).__slots__]
 
 
 # --- supervisor to nursery -------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class Preload(Message):
     """Import *modules*, then answer `NurseryReady`. Sent once, first."""
 
     modules: list[str]
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class Fork(Message):
     """Start worker *worker* at *entry*. Descriptors: channel, bell, stdout, stderr."""
 
@@ -51,7 +96,7 @@ class Fork(Message):
     entry: str
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class Signal(Message):
     """Send *number* to worker *worker*; used where there are no pidfds."""
 
@@ -62,21 +107,21 @@ class Signal(Message):
 # --- nursery to supervisor -------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class NurseryReady(Message):
     """The imports are done: these *modules* are there now. Those that failed are the worker's to import and to show."""
 
     modules: list[str]
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class NurserySpoiled(Message):
     """After importing *module* a forked child hangs: this nursery must not be used, and the module be left out."""
 
     module: str
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class Forked(Message):
     """Worker *worker* runs as *pid*. Descriptor: its pidfd, where there are pidfds."""
 
@@ -84,7 +129,7 @@ class Forked(Message):
     pid: int
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class Stopped(Message):
     """The kernel reports worker *worker* stopped (SIGSTOP) or, with *stopped* false, going on."""
 
@@ -92,7 +137,7 @@ class Stopped(Message):
     stopped: bool
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class Exited(Message):
     """Worker *worker* is dead and so is its session. A negative *status* is minus the signal."""
 
@@ -103,7 +148,7 @@ class Exited(Message):
 # --- supervisor to script worker -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class Load(Message):
     """Execute the top level of a script. Answer: `Loaded` or `LoadFailed`. *program* is its ``sys.argv[0]``.
 
@@ -118,7 +163,7 @@ class Load(Message):
     roots: list[str]
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class Start(Message):
     """Run ``torch()``.
 
@@ -133,7 +178,7 @@ class Start(Message):
     segments: list[int]
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class Call(Message):
     """Call the exposed function *name*. Answer: `Returned` or `Raised`."""
 
@@ -143,14 +188,14 @@ class Call(Message):
     kwargs: dict[str, Json]
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class CancelCall(Message):
     """Raise in call *id* at its next checkpoint, or drop it if it has not begun."""
 
     id: str
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class Ask(Message):
     """Ask for something at the next checkpoint: pause, resume, stop, leave, or step with a *count*."""
 
@@ -158,7 +203,7 @@ class Ask(Message):
     count: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class Turn(Message):
     """Set the control *name*, made with ``spark.control``, to *value*."""
 
@@ -166,12 +211,12 @@ class Turn(Message):
     value: Json
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class Where(Message):
     """Ask where the main thread is. Answered at once, by the side thread: `Here`."""
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class Segment(Message):
     """The answer to `NeedSegment`. Descriptor: the memory."""
 
@@ -179,7 +224,7 @@ class Segment(Message):
     size: int
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class Executed(Message):
     """The answer to `Execute` *id*, from this replica of this model: as the model gave it, or a msgpack list."""
 
@@ -189,7 +234,7 @@ class Executed(Message):
     answer: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class ExecuteFailed(Message):
     """`Execute` *id* has no answer. *error* is `spark_workers.errors.SparkError.to_dict`."""
 
@@ -200,7 +245,7 @@ class ExecuteFailed(Message):
 # --- script worker to supervisor -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class Loaded(Message):
     """The top level ran. *files*: path to sha256 of every file of the user's tree that was read."""
 
@@ -208,7 +253,7 @@ class Loaded(Message):
     wanted: list[str]
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class LoadFailed(Message):
     """The top level raised or, with *unusable*, there is no entry. *text* is for people."""
 
@@ -220,14 +265,14 @@ class LoadFailed(Message):
     wanted: list[str]
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class Entered(Message):
     """The worker's own state changed: running, idle or paused."""
 
     state: str
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class Flush(Message):
     """Checkpoints passed in all, where the last was, values that changed, points of series, running loops."""
 
@@ -238,7 +283,7 @@ class Flush(Message):
     loops: dict[str, list[float]]
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class Exposed(Message):
     """The names that can be called, with their signatures, and the controls."""
 
@@ -246,7 +291,7 @@ class Exposed(Message):
     controls: dict[str, Json]
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class Imported(Message):
     """Files of the user's tree read since `Loaded`, and the installed modules a nursery may preload."""
 
@@ -254,14 +299,14 @@ class Imported(Message):
     installed: list[str]
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class NeedSegment(Message):
     """Ask for memory of at least *size* bytes. Answer: `Segment`."""
 
     size: int
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class Snapshot(Message):
     """A complete snapshot: it replaces the one before. *seconds*: how long the script was held for it."""
 
@@ -270,14 +315,14 @@ class Snapshot(Message):
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class Began(Message):
     """Call *id* has begun."""
 
     id: str
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class Returned(Message):
     """Call *id* returned *value*."""
 
@@ -285,7 +330,7 @@ class Returned(Message):
     value: Json
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class Raised(Message):
     """Call *id* raised; *text* is the traceback."""
 
@@ -295,7 +340,7 @@ class Raised(Message):
     text: str
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class Note(Message):
     """One line for the user, from the runtime; *level* is info or warning."""
 
@@ -303,7 +348,7 @@ class Note(Message):
     text: str
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class Wish(Message):
     """The script itself asks, through its controller: pause, resume, stop, or step with a *count*."""
 
@@ -311,26 +356,26 @@ class Wish(Message):
     count: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class Stayed(Message):
     """There was no room for the state, so the worker does not leave as it was asked to."""
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class Unread(Message):
     """Persisted keys that the new code could not read, with the reasons. Their snapshot must be kept."""
 
     keys: dict[str, str]
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class Here(Message):
     """Where the main thread is: the innermost line of the user's code, empty if it is in none."""
 
     place: str
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class Execute(Message):
     """Have a model answer a request. Answer: `Executed` or `ExecuteFailed`.
 
@@ -345,14 +390,14 @@ class Execute(Message):
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class StopExecute(Message):
     """Nobody waits for `Execute` *id* any more: stop the work. There is no answer then."""
 
     id: int
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class Left(Message):
     """``torch()`` is over and the process will end: done, stopped, reload, error or exit."""
 
@@ -366,7 +411,7 @@ class Left(Message):
 # --- supervisor to compile worker ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class Compile(Message):
     """Look at a WASM module and compile it with *engine*. Answer: `Compiled` or `Refused`.
 
@@ -382,14 +427,14 @@ class Compile(Message):
 # --- compile worker to supervisor ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class Compiled(Message):
     """The machine code is written. *report* says what the module is, imports and exports."""
 
     report: dict[str, Json]
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class Refused(Message):
     """A model cannot be compiled or loaded. *kind* is one of `spark_workers.hosts.failures.KINDS`."""
 
@@ -401,7 +446,7 @@ class Refused(Message):
 # --- supervisor to replica -------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class Host(Message):
     """Load a prepared model. Answer: `Hosted` or `Refused`. *code* is the path of the machine code.
 
@@ -414,7 +459,7 @@ class Host(Message):
     settings: dict[str, Json]
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class Work(Message):
     """Calls to run in this order, each ``[serial, function, payload]``.
 
@@ -428,7 +473,7 @@ class Work(Message):
     ahead: bool
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class XAnswer(Message):
     """The answer to `XCall` of call *serial*; with an *error*, a sentence, there is none and the call fails with it."""
 
@@ -440,12 +485,12 @@ class XAnswer(Message):
 # --- replica to supervisor -------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class Hosted(Message):
     """The model is loaded and its first instance stands."""
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class Answered(Message):
     """Call *serial* gave *answer*, after *seconds* in the guest."""
 
@@ -454,7 +499,7 @@ class Answered(Message):
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class Failed(Message):
     """Call *serial* failed. *kind* is one of `spark_workers.hosts.failures.KINDS`."""
 
@@ -465,7 +510,7 @@ class Failed(Message):
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class XCall(Message):
     """During call *serial* the model asks another service for something, as JSON. It waits for an `XAnswer`."""
 
@@ -473,7 +518,7 @@ class XCall(Message):
     request: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class Printed(Message):
     """What the model wrote to its standard output and error beside its answer, during call *serial*."""
 
@@ -515,8 +560,7 @@ def _is_json(value: object) -> bool:
 
 
 def _spec(kind: type[Message]) -> tuple[type[Message], list[tuple[str, typing.Callable[[object], bool]]]]:
-    hints = typing.get_type_hints(kind)
-    return kind, [(each.name, _checker(hints[each.name])) for each in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    return kind, [(name, _checker(kind.__annotations__[name])) for name in kind.__slots__]
 
 
 _SPECS = {name: _spec(kind) for name, kind in _TYPES.items()}
