@@ -62,8 +62,15 @@ class History:
         self.dispatcher.add(job)
         return job
 
+    def add_many(self, count: int) -> list[Job]:
+        jobs = [Job(str(number), b"") for number in range(count)]
+        self.dispatcher.add_many(jobs)
+        return jobs
+
     def answer(self, lane: Lane, seconds: float = QUICK) -> Job | None:
-        return self.dispatcher.answered(lane, lane.sent[0].serial, seconds)
+        job = self.dispatcher.answered(lane, lane.sent[0].serial, seconds)
+        self.dispatcher.refill(lane)
+        return job
 
     def sent(self, number: int) -> list[str]:
         return [job.function + ("+" if ahead else "") for job, ahead in self.ports[number].sent]
@@ -105,10 +112,18 @@ def test_calls_that_take_long_are_never_sent_ahead() -> None:
 
 def test_quick_calls_are_sent_ahead_with_tokens() -> None:
     history = History(seconds=QUICK)
-    for number in range(5):
-        history.add(str(number))
+    history.add_many(5)
     assert history.sent(0) == ["0", "1+", "2+", "3+", "4+"]
     assert history.ports[0].tokens == 4
+
+
+def test_calls_that_come_one_by_one_travel_together_while_the_replica_has_enough() -> None:
+    history = History(seconds=QUICK)
+    for number in range(5):
+        history.add(str(number))
+    assert history.sent(0) == ["0", "1+"]
+    history.answer(history.lanes[0])
+    assert history.sent(0) == ["0", "1+", "2+", "3+", "4+"]
 
 
 def test_no_more_is_sent_ahead_than_the_window() -> None:
@@ -150,7 +165,7 @@ def test_calls_behind_a_slow_one_return_to_the_queue_and_go_elsewhere() -> None:
 
 def test_a_call_that_the_replica_has_begun_is_not_taken_back() -> None:
     history = History(seconds=QUICK)
-    jobs = [history.add(str(number)) for number in range(3)]
+    jobs = history.add_many(3)
     history.ports[0].begin_next()  # it has answered 0, which we have not read, and begun 1
     history.dispatcher.give_back(history.lanes[0].take_back())
     assert [job.state for job in jobs] == [SENT, SENT, WAITING]
@@ -158,8 +173,7 @@ def test_a_call_that_the_replica_has_begun_is_not_taken_back() -> None:
 
 def test_nothing_is_sent_ahead_until_the_replica_has_passed_what_was_taken_back() -> None:
     history = History(seconds=QUICK)
-    for number in range(3):
-        history.add(str(number))
+    history.add_many(3)
     history.dispatcher.give_back(history.lanes[0].take_back())
     history.answer(history.lanes[0])  # 0: behind it in the pipe lie 1 and 2, without tokens
     assert history.sent(0)[3:] == ["1"]

@@ -18,11 +18,13 @@ from typing import Protocol
 
 from spark_runtime.errors import ProtocolViolated
 from spark_runtime.pool.job import FINISHED, NEVER, SENT, WAITING, Job
+from spark_workers.spin import QUICK_SECONDS
 
 AHEAD_SECONDS = 0.004
 MAX_WINDOW = 512
 AHEAD_BYTES = 64 * 1024  # of one call; a longer one is sent only to a replica that has nothing else
 BATCH_BYTES = 256 * 1024
+GROUP = 16
 KNOWN_AFTER = 3  # answers, until the time that calls take is believed
 
 
@@ -42,13 +44,14 @@ class Port(Protocol):
 class Lane:
     """The way to one replica."""
 
-    __slots__ = ("_ahead_after", "_looked_at", "is_open", "last_answered", "number", "port", "sent")
+    __slots__ = ("_ahead_after", "_looked_at", "is_open", "is_quick", "last_answered", "number", "port", "sent")
 
     def __init__(self, number: int, port: Port) -> None:
         self.number = number
         self.port = port
         self.sent: deque[Job] = deque()
         self.is_open = True  # more may be sent
+        self.is_quick = False  # its last call took next to no time
         self.last_answered = 0  # serial of the last call that was answered
         self._ahead_after = -1  # nothing is sent ahead before a call with a greater serial was answered
         self._looked_at = 0  # the last answer when it was last asked whether this lane is slow
@@ -101,9 +104,12 @@ class Dispatcher:
         job.reads = False
         self._waiting.append(job)
         self.waiting_count += 1
-        low = self.window // 2
-        if low and any(len(lane.sent) <= low for lane in self.lanes):
-            self._feed()
+        if self.window > 1:
+            # A few wait for each other and travel together, unless a replica has next to nothing left: its answers
+            # fetch them in any case.
+            low = self.window // 2 if self.waiting_count >= GROUP else 1
+            if any(len(lane.sent) <= low for lane in self.lanes):
+                self._feed()
 
     def add_many(self, jobs: Iterable[Job]) -> None:
         """Take many calls at once, in order."""
@@ -131,7 +137,7 @@ class Dispatcher:
             self._waiting = deque(each for each in self._waiting if each.state == WAITING)
 
     def answered(self, lane: Lane, serial: int, seconds: float) -> Job | None:
-        """Take notice of an answer; return its call, or None if nobody asks for it any more.
+        """Take notice of an answer; return its call, or None if nobody asks for it any more. `refill` follows.
 
         Raises:
             ProtocolViolated: The replica has no such call.
@@ -140,15 +146,19 @@ class Dispatcher:
             raise ProtocolViolated(f"an answer to piece of work {serial}, which it does not have")
         job = lane.sent.popleft()
         lane.last_answered = serial
+        lane.is_quick = seconds < QUICK_SECONDS
         self._learn(seconds)
         if not lane.sent and lane.is_open:
             self._idle.append(lane)
-        if self.waiting_count and len(lane.sent) <= self.window // 2:  # nothing has changed for other lanes
-            self._feed()
         if job.state == FINISHED:
             return None
         job.state = FINISHED
         return job
+
+    def refill(self, lane: Lane) -> None:
+        """Send a replica that has answered what waits, if it has room."""
+        if self.waiting_count and len(lane.sent) <= self.window // 2:  # for other lanes nothing has changed
+            self._feed()
 
     def waiting(self) -> list[Job]:
         """The calls that wait, in order."""

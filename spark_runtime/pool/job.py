@@ -2,7 +2,8 @@
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from spark_workers.futures import StoppableFuture
@@ -16,6 +17,21 @@ WAITING, SENT, FINISHED = "waiting", "sent", "finished"
 NEVER = float("inf")
 
 
+@dataclass(slots=True)
+class Context:
+    """What a call brings for the calls that its model makes.
+
+    Attributes:
+        given: The request's ``_ctx``: credentials and the like. It belongs to this request, and to no other.
+        chain: The models that wait for each other, the outermost first, this call's own at the end.
+        inner: The call that its model waits for now.
+    """
+
+    given: Mapping[str, Any]
+    chain: tuple[str, ...]
+    inner: "Call | None" = None
+
+
 class Job:
     """One call as the pool sees it. *state* is changed under the pool's lock only, and ends at `FINISHED` once.
 
@@ -26,10 +42,12 @@ class Job:
         limit: Seconds from when a replica gets it, in place of a deadline from the start; None for a fixed one.
         ended: How many replicas ended at it.
         ended_before: How many ended when it was the next that they would have begun.
+        context: What it brings for the calls that its model makes; None if that is nothing yet.
         reads: Its caller will read the answer from the replica by itself. Given up when it has to wait for one.
     """
 
     __slots__ = (
+        "context",
         "deadline",
         "ended",
         "ended_before",
@@ -52,6 +70,7 @@ class Job:
         self.lane: Lane | None = None
         self.ended = 0
         self.ended_before = 0
+        self.context: Context | None = None
         self.reads = False
 
     def resolve(self, answer: bytes, replica: int) -> None:

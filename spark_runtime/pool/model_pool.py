@@ -33,11 +33,12 @@ from spark_runtime.errors import (
 )
 from spark_runtime.models.prepared import Prepared
 from spark_runtime.pool.dispatch import Dispatcher, Lane
-from spark_runtime.pool.job import FINISHED, WAITING, Job
+from spark_runtime.pool.job import FINISHED, WAITING, Call, Job
 from spark_runtime.pool.loop import PoolLoop
 from spark_runtime.pool.replica import Observer, Replica
 from spark_runtime.pool.statistics import ModelStatistics, ReplicaStatistics, memory_of, quantile
-from spark_workers.messages import Failed, Host, Hosted, Message, Printed, Refused
+from spark_workers.frames import FrameBroken
+from spark_workers.messages import Failed, Host, Hosted, Message, Printed, Refused, XAnswer, XCall
 
 _log = logging.getLogger("spark_runtime")
 
@@ -80,6 +81,9 @@ class Owner(Protocol):
 
     def unusable(self, models: "ModelPool", error: SparkError) -> None:
         """Take notice, under the lock, that the model cannot be used."""
+
+    def outcall(self, name: str, job: Job, request: bytes, reply: Callable[[bytes, str], None]) -> None:
+        """Have the service called that model *name* asks for while it is at *job*; *reply* gets answer or error."""
 
     def idle(self) -> None:
         """Take notice that a model has nothing to do any more."""
@@ -148,6 +152,7 @@ class ModelPool:
         if job.state == WAITING:
             self.dispatcher.drop_waiting(job)
             return
+        self._stop_outcall(job)
         by_epoch = self.model.interrupt == "epoch"
         lane = self.dispatcher.take_out(job, close=not by_epoch)
         replica = next((each for each, its in self._lanes() if its is lane), None)
@@ -307,8 +312,8 @@ class ModelPool:
         if self._wants_spare and self._spare is None and not self._old:
             wanted += 1
         while len(self._starting) < wanted:
-            report = self._prepared.report
-            host = Host(self.model.engine, str(report["kind"]), str(self._prepared.code), self.model.settings())
+            kind = self._prepared.report["kind"] if self.model.kind == "auto" else self.model.kind
+            host = Host(self.model.engine, str(kind), str(self._prepared.code), self.model.settings())
             try:
                 replica = self._owner.start_replica(self.model, host, self)
             except NurseryDied as problem:
@@ -420,21 +425,29 @@ class ModelPool:
 
     # --- what processes tell, on the loop ---
 
-    def on_answer(self, replica: Replica, serial: int, answer: bytes, seconds: float) -> None:
-        """Give an answer to whoever waits for it."""
-        job = self._finish(replica, serial, seconds)
-        if job is not None:
-            job.resolve(answer, replica.number)
+    def on_answers(self, replica: Replica, answers: list[tuple[int, bytes, float]]) -> None:
+        """Give answers to those who wait for them."""
+        jobs, problem = self._finish(replica, [(serial, seconds) for serial, _, seconds in answers])
+        for job, (_, answer, _) in zip(jobs, answers, strict=False):
+            if job is not None:
+                job.resolve(answer, replica.number)
+        if problem is not None:
+            raise problem
 
     def on_message(self, replica: Replica, message: Message) -> None:
         """Act on anything else that a process says."""
         if isinstance(message, Failed):
-            job = self._finish(replica, message.serial, message.seconds)
+            jobs, problem = self._finish(replica, [(message.serial, message.seconds)])
+            if problem is not None:
+                raise problem
+            job = jobs[0] if jobs else None
             if job is not None:
                 self.failed_calls += 1
                 job.fail(self._error(replica, message))
         elif isinstance(message, Printed):
             _log.info("model %s, replica %d: %s", self.model.name, replica.number, _printable(message.text))
+        elif isinstance(message, XCall):
+            self._outcall(replica, message)
         elif isinstance(message, Hosted):
             self._hosted(replica)
         elif isinstance(message, Refused):
@@ -442,18 +455,30 @@ class ModelPool:
         else:
             raise ProtocolViolated(f"a replica sent {type(message).__name__}")
 
-    def _finish(self, replica: Replica, serial: int, seconds: float) -> Job | None:
-        """Take the call that an answer belongs to; None if nobody waits for it any more."""
+    def _finish(
+        self, replica: Replica, answers: list[tuple[int, float]]
+    ) -> tuple[list[Job | None], ProtocolViolated | None]:
+        """Take the calls that answers, each with its serial and seconds, belong to; None where nobody waits any more.
+
+        All that came at once is dealt with under one lock. After an answer to no call the rest is not believed.
+        """
+        jobs: list[Job | None] = []
+        problem = None
         with self._owner.lock:
             slot, lane = self._serving.get(replica) or (None, self._retired.get(replica))
             if lane is None:
-                return None  # the process was given up a moment ago, and its calls with it
-            job = self.dispatcher.answered(lane, serial, seconds)
-            self.calls += 1
+                return [], None  # the process was given up a moment ago, and its calls with it
+            try:
+                for serial, seconds in answers:
+                    jobs.append(self.dispatcher.answered(lane, serial, seconds))
+            except ProtocolViolated as violation:
+                problem = violation
+            self.dispatcher.refill(lane)
+            self.calls += len(jobs)
             self._failures = 0
             if slot is not None:
-                slot.calls += 1
-                slot.seconds.append(seconds)
+                slot.calls += len(jobs)
+                slot.seconds.extend([seconds for _, seconds in answers])
             elif not lane.sent:
                 del self._retired[replica]
                 replica.kill("newer code took its place")
@@ -461,7 +486,33 @@ class ModelPool:
             is_idle = not lane.sent and not self.is_busy()
         if is_idle:
             self._owner.idle()
-        return job
+        return jobs, problem
+
+    def _outcall(self, replica: Replica, message: XCall) -> None:
+        """Have another service called for the model, which waits for it at its call."""
+
+        def reply(answer: bytes, error: str) -> None:
+            try:
+                replica.reply(XAnswer(message.serial, answer, error))
+            except FrameBroken:
+                text = f"the other service's answer of {len(answer)} bytes is too long to be passed on"
+                replica.reply(XAnswer(message.serial, b"", text))
+
+        with self._owner.lock:
+            lane = dict(self._lanes()).get(replica)
+            job = lane.sent[0] if lane is not None and lane.sent else None
+            if job is None or job.serial != message.serial or job.state == FINISHED:
+                job = None
+        if job is None:
+            reply(b"", "nobody waits for this call any more")
+        else:
+            self._owner.outcall(self.model.name, job, message.request, reply)
+
+    def _stop_outcall(self, job: Job) -> None:
+        """Stop what a call's model waits for, now that nobody waits for the call; under the lock."""
+        inner = job.context.inner if job.context is not None else None
+        if inner is not None:
+            self._owner.loop.post(partial(_cancel, inner))
 
     def _error(self, replica: Replica, message: Failed) -> ExecuteError:
         name, number = self.model.name, replica.number
@@ -530,6 +581,7 @@ class ModelPool:
         name, number = self.model.name, replica.number
         for place, job in enumerate(each for each in jobs if each.state != FINISHED):
             was_begun = job.serial <= replica.at()
+            self._stop_outcall(job)
             job.ended += was_begun
             # The next one it would have begun may have killed it while it was read. Or the process was dead before:
             # several that idle may be killed at once, and a call can meet each of them.
@@ -582,6 +634,10 @@ def _tell(slot: Slot, replica: Replica | None, state: str) -> ReplicaStatistics:
 def _printable(text: str) -> str:
     """Escape what could steer the terminal that shows the log: a guest's words are not ours."""
     return "".join(each if each.isprintable() or each in "\n\t" else repr(each)[1:-1] for each in text)
+
+
+def _cancel(call: Call) -> None:
+    call.cancel()
 
 
 def _how(status: int, reason: str) -> str:

@@ -36,6 +36,7 @@ PRELOADED = {
         "spark_workers.hosts.host",
     ],
 }
+PRELOADED_FOR_PACKAGES = ["spark_workers.hosts.neuron", "spark_workers.hosts.emscripten.functions"]
 END_SECONDS = 3.0
 MAX_LOST = 3  # nurseries in a row that ended before they were ready
 RETRY_SECONDS = 1.0  # how long a model that cannot be used is not tried again
@@ -48,6 +49,10 @@ _ENVIRONMENT = (
     *("VIRTUAL_ENV", "PYTHONHOME", "PYTHONPATH", "PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX"),
     *("MALLOC_ARENA_MAX", "RUST_BACKTRACE"),
 )
+
+
+#: Has the service called that a model asks for while it is at a call: model, call, request, what takes the answer.
+Outcall = Callable[[str, Job, bytes, Callable[[bytes, str], None]], None]
 
 
 class Pool:
@@ -72,6 +77,7 @@ class Pool:
         self.loop = PoolLoop()
         self.lock = threading.Lock()
         self.note = note
+        self.on_outcall: Outcall | None = None  # answers what models ask of other services
         self._models = models
         self._max_models = max_models
         self._max_waiting = max_waiting
@@ -208,6 +214,8 @@ class Pool:
         self._make_room()
         models = self._loaded[name] = ModelPool(self._models[name], self)
         self._loads += 1
+        if models.model.engine == "wasmtime":  # its nursery can start while the file is read
+            self.loop.post(partial(self._warm, models.model))
         models.prepare()
         return models
 
@@ -271,6 +279,13 @@ class Pool:
         has_died = isinstance(error, ModelUnusable) and error.kind == "died"
         self._unusable[name] = (time.monotonic() + (DIED_RETRY_SECONDS if has_died else RETRY_SECONDS), error)
 
+    def outcall(self, name: str, job: Job, request: bytes, reply: Callable[[bytes, str], None]) -> None:
+        """Have the service called that model *name* asks for while it is at *job*."""
+        if self.on_outcall is None:
+            reply(b"", "it calls another service, and nobody is here to answer")
+        else:
+            self.on_outcall(name, job, request, reply)
+
     def ended(self, replica: Replica) -> None:
         """Forget a process that has ended."""
         self._replicas.discard(replica)
@@ -302,10 +317,19 @@ class Pool:
         if key not in self._nurseries:
             if self._lost >= MAX_LOST:
                 raise NurseryDied("the process that starts workers ends at once; `spark doctor` shows why")
+            modules = PRELOADED[model.engine]
+            if any(str(each.path).lower().endswith(".zip") for each in self._models.values()):
+                modules = modules + PRELOADED_FOR_PACKAGES
             self._nurseries[key] = Nursery(
-                self.loop, PRELOADED[model.engine], self._nursery_ready, self._nursery_lost, command, _environment()
+                self.loop, modules, self._nursery_ready, self._nursery_lost, command, _environment()
             )
         return self._nurseries[key]
+
+    def _warm(self, model: Model) -> None:
+        try:
+            self._nursery(model)
+        except NurseryDied:
+            pass  # told when a process is to be started
 
     def _nursery_ready(self, nursery: Nursery) -> None:
         self._lost = 0

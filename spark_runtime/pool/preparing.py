@@ -57,6 +57,7 @@ class Preparer:
             ModelUnusable, ModelNotFound, EngineMissing, StoreError: It cannot be; the message says why.
         """
         file = ModelFile.read(model.path)
+        _check_kind(model, file)
         if model.engine == "wasmer":
             from spark_runtime.models.interpreter import find_interpreter
 
@@ -106,6 +107,22 @@ class Preparer:
             ) from None
         self._note(f"compiled {file.path.name} in {time.monotonic() - began:.1f} s")
         return report
+
+
+def _check_kind(model: Model, file: ModelFile) -> None:
+    """Refuse a package that is to be run as a module, or the other way round, or by an engine that cannot."""
+    name = model.name
+    if model.kind not in ("auto", "neuron") and file.is_package:
+        raise ModelUnusable(
+            f"model {name!r}: {file.path} is a zip, so a Neuron package, and its kind is {model.kind!r}"
+        )
+    if model.kind == "neuron" and not file.is_package:
+        raise ModelUnusable(
+            f"model {name!r}: {file.path} is a module, and its kind is 'neuron', which is a zip package"
+        )
+    if file.is_package and model.engine != "wasmtime":
+        text = f"model {name!r}: Neuron packages run on wasmtime, not on {model.engine}; leave its engine out"
+        raise ModelUnusable(text, "unsupported-import")
 
 
 class _CompileWorker:

@@ -1,6 +1,7 @@
 """One replica as the supervisor sees it: a process, a channel, a page, a pipe of tokens. It knows no futures."""
 
 import os
+import select
 import signal
 import socket
 import threading
@@ -16,12 +17,14 @@ from spark_runtime.processes.nursery import Nursery, Process, shared_page
 from spark_workers.frames import FrameBroken, FrameDecoder, encode_frame
 from spark_workers.messages import Host, Message, MessageBroken, answer_in, decode, encode
 from spark_workers.replicas.page import Page
+from spark_workers.spin import Spin
 
 if TYPE_CHECKING:
     from spark_runtime.pool.dispatch import Lane
 
 READ_SIZE = 64 * 1024
 BUSY_SECONDS = 0.002
+WRITE_MS = 100
 STABLE_SECONDS = 1.0  # a process that ends sooner, and was at no call, has not really started
 ENTRY = "spark_workers.replicas.worker:start"
 
@@ -29,8 +32,8 @@ ENTRY = "spark_workers.replicas.worker:start"
 class Observer(Protocol):
     """Whoever looks after a replica. Called on the loop, without the pool's lock."""
 
-    def on_answer(self, replica: "Replica", serial: int, answer: bytes, seconds: float) -> None:
-        """Piece of work *serial* gave *answer*, after *seconds* in the guest."""
+    def on_answers(self, replica: "Replica", answers: list[tuple[int, bytes, float]]) -> None:
+        """Pieces of work, by serial, gave answers, after so many seconds in the guest."""
 
     def on_message(self, replica: "Replica", message: Message) -> None:
         """It said anything else. What it must not say raises ProtocolViolated."""
@@ -72,6 +75,7 @@ class Replica:
         self.is_open = True
         self._end, theirs = socket.socketpair()
         self._reading = threading.RLock()  # who receives and delivers: the loop, or a caller that waits
+        self._spin = Spin(self._end.fileno())
         self._readers = 0  # callers that read, or are about to: one, and what its callbacks call
         self._is_muted = False  # the loop does not look
         self._is_at_end = False  # and will not any more
@@ -123,6 +127,15 @@ class Replica:
         if ahead:
             os.write(self._token_write, b"\1" * len(ahead))
             data += _frame([[job.serial, job.function, job.payload] for job in ahead], True)
+        if not self._send_now(data):
+            if first is not None and first.reads:  # it would wait for the answer to what only the loop sends
+                first.reads = False
+                self._readers -= 1
+                self._listen()
+            self._loop.post(self._write_later)
+
+    def _send_now(self, data: bytes) -> bool:
+        """Send what can be sent without waiting, and keep the rest; tell whether nothing is left."""
         try:
             sent = self._end.send(data, socket.MSG_DONTWAIT) if not self._unsent else 0
         except BlockingIOError:
@@ -131,11 +144,36 @@ class Replica:
             sent = len(data)  # it has ended; the nursery will say how
         if sent < len(data):
             self._unsent += memoryview(data)[sent:]
-            if first is not None and first.reads:  # it would wait for the answer to what only the loop sends
-                first.reads = False
-                self._readers -= 1
-                self._listen()
-            self._loop.post(self._write_later)
+        return sent == len(data)
+
+    def reply(self, message: Message) -> None:
+        """Send something that the call it is at waits for. Any thread, without the lock."""
+        data = encode_frame(encode(message))
+        with self._lock:
+            if not self.is_open or self._send_now(data):
+                return
+            if not self._readers:
+                self._loop.post(self._write_later)
+                return
+        # A caller reads, and waits for what needs this: the loop must not look at the socket until it is done.
+        threading.Thread(target=self._write_beside, name="spark-reply", daemon=True).start()
+
+    def _write_beside(self) -> None:
+        """Send the rest on a thread of its own."""
+        poll = select.poll()
+        with self._lock:
+            if not self.is_open:
+                return
+            poll.register(self._end.fileno(), select.POLLOUT)
+        while True:
+            poll.poll(WRITE_MS)
+            with self._lock:
+                if not self.is_open or not self._unsent:
+                    return
+                rest = bytes(self._unsent)
+                self._unsent.clear()
+                if self._send_now(rest):
+                    return
 
     def take_back(self, count: int) -> int:
         """Take back up to *count* tokens; whoever has the token has the call."""
@@ -153,6 +191,8 @@ class Replica:
         """
         try:
             with self._reading:
+                if lane.is_quick:
+                    self._spin()
                 while job.state == SENT and self._receive(flags=0):
                     self._deliver()
         except BaseException:  # a KeyboardInterrupt: what was received may be lost, so nothing more can be read
@@ -215,13 +255,19 @@ class Replica:
         return size
 
     def _deliver(self) -> None:
+        answers: list[tuple[int, bytes, float]] = []
         try:
             while (payload := self._decoder.next_payload()) is not None:
                 found = answer_in(payload)
                 if found is not None:
-                    self._observer.on_answer(self, *found)
-                else:
-                    self._observer.on_message(self, decode(payload))
+                    answers.append(found)
+                    continue
+                if answers:
+                    self._observer.on_answers(self, answers)
+                    answers = []
+                self._observer.on_message(self, decode(payload))
+            if answers:
+                self._observer.on_answers(self, answers)
         except (FrameBroken, MessageBroken, ProtocolViolated) as problem:
             self.kill(f"it broke the protocol: {problem}")
 

@@ -6,10 +6,11 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from spark_runtime.errors import BadRequestError, ExecuteError, SparkError
+from spark_runtime.errors import BadRequestError, ExecuteError, ModelUnusable, SparkError
+from spark_runtime.models.fronts import Opened
 from spark_runtime.pool.job import FINISHED, Job
 from spark_runtime.pool.pool import Pool
-from spark_workers.requests import read_bytes, read_json, write_request
+from spark_workers.requests import read_bytes
 
 WINDOW_BYTES = 32 << 20  # of requests under way; one is always
 GROUP = 256  # requests handed over at once
@@ -33,19 +34,18 @@ class _Row(Job):
         self,
         index: int,
         model: str,
-        payload: bytes,
+        opened: Opened,
         limit: float | None,
-        read: Callable[[bytes, str, int], Any],
         on_end: Callable[["_Row"], None],
     ) -> None:
-        super().__init__("", payload, limit=limit)  # from when a replica has it: until then it waits at our pace
+        super().__init__("", opened.payload, limit=limit)  # from when a replica has it: until then it waits at our pace
         self.index = index
         self.model = model
         self.raw = b""
         self.replica = 0
         self.error: Exception | None = None
         self.is_done = False
-        self._read = read
+        self._read = opened.read
         self._on_end = on_end
 
     def resolve(self, answer: bytes, replica: int) -> None:
@@ -72,7 +72,14 @@ class Stream:
     """Sends requests as answers come. Used by one thread; *window* requests at most are under way."""
 
     def __init__(
-        self, pool: Pool, model: str, timeout: float | None, requests: Iterable[Any], ordered: bool, window: int
+        self,
+        pool: Pool,
+        model: str,
+        timeout: float | None,
+        requests: Iterable[Any],
+        ordered: bool,
+        window: int,
+        opening: Callable[[Any], Opened],
     ) -> None:
         self._pool = pool
         self._model = model
@@ -80,6 +87,7 @@ class Stream:
         self._requests: Iterator[tuple[int, Any]] = enumerate(requests)
         self._ordered = ordered
         self._window = window
+        self._opening = opening
         self._rows: dict[int, _Row] = {}  # under way or done, in order
         self._bytes = 0
         self._done: deque[_Row] = deque()  # in the order of their ends
@@ -122,19 +130,23 @@ class Stream:
 
     def _row(self, index: int, request: Any) -> list[_Row]:
         """Make a row of a request; an impossible request has ended at once, and nothing is left to send."""
-        is_raw = isinstance(request, bytes | bytearray | memoryview)
+        problem: SparkError | None = None
         try:
-            payload, problem = write_request(request), None
-        except BadRequestError as error:
-            payload, problem = b"", error
-        row = _Row(index, self._model, payload, self._timeout, read_bytes if is_raw else read_json, self._ended)
+            opened = self._opening(request)
+        except (BadRequestError, ModelUnusable) as error:
+            opened, problem = Opened(b"", read_bytes), error
+        row = _Row(index, self._model, opened, self._timeout, self._ended)
+        row.context = opened.context
         self._rows[index] = row
-        self._bytes += len(payload)
-        if problem is not None:
-            row.state = FINISHED
+        self._bytes += len(opened.payload)
+        if problem is None and not opened.is_answered:
+            return [row]
+        row.state = FINISHED
+        if problem is None:
+            row.resolve(b"", 0)
+        else:
             row.fail(problem)
-            return []
-        return [row]
+        return []
 
     def _take(self) -> Iterator[Outcome]:
         """Yield what is done, waiting until something is."""

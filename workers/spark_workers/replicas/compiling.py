@@ -75,7 +75,7 @@ def compile_package(name: str, engine: Engine, data: bytes) -> tuple[bytes, dict
     Raises:
         GuestFailed: As `compile_module`.
     """
-    from spark_workers.hosts.neuron_parts import prepare_package  # only for packages, and never in a replica
+    from spark_workers.hosts.neuron_prepare import prepare_package  # only for packages, and never in a replica
 
     if name != "wasmtime":
         text = f"Neuron packages run on wasmtime, and this model asks for {name}; leave its engine out"

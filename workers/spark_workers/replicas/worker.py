@@ -1,7 +1,8 @@
 """The entry of a replica: one model, one instance, one call at a time.
 
 Everything happens on one thread: receive, run what came, send each answer before the next call begins. So an answer
-is with the supervisor before anything later can go wrong, and there is no hand-over on the way.
+is with the supervisor before anything later can go wrong, and there is no hand-over on the way. A model that calls
+another service waits for that answer where it is; work that comes meanwhile waits behind it.
 """
 
 import os
@@ -9,6 +10,7 @@ import signal
 import socket
 import threading
 import time
+from collections import deque
 
 import msgpack
 
@@ -19,8 +21,9 @@ from spark_workers.frames import HEADER, MAGIC, MAX_PAYLOAD, VERSION, FrameDecod
 from spark_workers.hosts.failures import GuestFailed
 from spark_workers.hosts.host import Host as ModelHost
 from spark_workers.hosts.host import open_host
-from spark_workers.messages import Failed, Host, Hosted, Printed, Refused, work_in
+from spark_workers.messages import Failed, Host, Hosted, Printed, Refused, XAnswer, XCall, decode, work_in
 from spark_workers.replicas.page import Page
+from spark_workers.spin import QUICK_SECONDS, Spin
 
 _pack = msgpack.Packer(autoreset=True).pack
 _STOP_SIGNAL = signal.SIGUSR1
@@ -39,13 +42,13 @@ def start(channel_descriptor: int, bell_descriptor: int) -> int:
     if not isinstance(message, Host):
         raise RuntimeError(f"the first message was {type(message).__name__}, not Host")
     hit("replica.load")
+    replica = Replica(end, channel, page, descriptors[0])
     try:
         settings = Settings(**message.settings)
-        host = open_host(message.engine, message.kind, message.code, settings)
+        replica.host = open_host(message.engine, message.kind, message.code, settings, replica.ask)
     except GuestFailed as problem:
         channel.send(Refused(problem.kind, str(problem), problem.details))
         return 0
-    replica = Replica(end, channel, page, host, descriptors[0])
     if settings.epochs:
         replica.listen_for_stops()
     try:
@@ -59,32 +62,61 @@ def start(channel_descriptor: int, bell_descriptor: int) -> int:
 class Replica:
     """The loop from work to answers. What it does for every call is written out, because it is done for every call."""
 
-    def __init__(self, end: socket.socket, channel: Channel, page: Page, host: ModelHost, tokens: int) -> None:
+    host: ModelHost  # set before `serve`
+
+    def __init__(self, end: socket.socket, channel: Channel, page: Page, tokens: int) -> None:
         self._end = end
         self._channel = channel
         self._page = page
-        self._host = host
         self._tokens = tokens
+        self._decoder = FrameDecoder()
+        self._buffer = memoryview(bytearray(READ_SIZE))  # kept: a fresh one for each receive costs more than the call
+        self._later: deque[bytes] = deque()  # work that came while a call waited for another service
         os.set_blocking(tokens, False)
         self._lock = threading.Lock()
         self._current = 0  # the call that may be interrupted, under the lock
         self._is_stoppable = False
+        self._is_quick = False  # the last call was
+        self._spin = Spin(end.fileno())
 
     def serve(self) -> None:
         """Run calls until the supervisor goes, which `EOFError` tells."""
-        buffer = memoryview(bytearray(READ_SIZE))  # kept: a fresh one for each receive costs more than the call
-        decoder = FrameDecoder()
+        later, decoder = self._later, self._decoder
         decoder.feed(self._channel.take_rest())
         while True:
-            while (payload := decoder.next_payload()) is not None:
+            while (payload := later.popleft() if later else decoder.next_payload()) is not None:
                 calls, is_ahead = work_in(payload)
                 for serial, function, request in calls:
                     if not is_ahead or self._take_token():
                         self._run(serial, function, request)
-            size = self._end.recv_into(buffer)
-            if not size:
-                raise EOFError("the supervisor is gone")
-            decoder.feed(buffer[:size])
+            if self._is_quick:
+                self._spin()
+            self._receive()
+
+    def _receive(self) -> None:
+        size = self._end.recv_into(self._buffer)
+        if not size:
+            raise EOFError("the supervisor is gone")
+        self._decoder.feed(self._buffer[:size])
+
+    def ask(self, request: bytes) -> bytes:
+        """Have the supervisor answer a request that the model makes to another service; wait for it.
+
+        Raises:
+            GuestFailed: "xcall": there is no answer.
+        """
+        serial = self._page.at()
+        self._channel.send(XCall(serial, request))
+        while True:
+            while (payload := self._decoder.next_payload()) is None:
+                self._receive()
+            message = decode(payload)
+            if not isinstance(message, XAnswer):
+                self._later.append(payload)
+            elif message.serial == serial:
+                if message.error:
+                    raise GuestFailed("xcall", message.error)
+                return message.answer
 
     def listen_for_stops(self) -> None:
         """Interrupt the guest when the supervisor signals, from a thread of its own.
@@ -111,7 +143,7 @@ class Replica:
         with self._lock:  # so that a stop that comes late never meets the next call
             is_it = self._current != 0 and self._page.to_stop() == self._current
             if is_it:
-                self._host.interrupt()
+                self.host.interrupt()
             return is_it
 
     def _take_token(self) -> bool:
@@ -129,7 +161,7 @@ class Replica:
             return
         began = time.perf_counter()
         try:
-            answer = self._call(function, request) if function else self._host.run(request)
+            answer = self._call(function, request) if function else self.host.run(request)
         except GuestFailed as problem:
             seconds = time.perf_counter() - began
             failed: Failed | None = Failed(serial, problem.kind, str(problem), problem.details, seconds)
@@ -139,7 +171,7 @@ class Replica:
         if self._is_stoppable:
             with self._lock:
                 self._current = 0
-        if printed := self._host.take_printed():
+        if printed := self.host.take_printed():
             self._channel.send(Printed(serial, printed))
         hit("replica.answer")
         if failed is None and len(answer) > MOST:
@@ -148,11 +180,12 @@ class Replica:
         if failed is not None:
             self._channel.send(failed)
             return
+        self._is_quick = seconds < QUICK_SECONDS
         packed = _pack(["Answered", serial, answer, seconds])
         self._end.sendall(HEADER.pack(MAGIC, VERSION, 0, len(packed)) + packed)
 
     def _call(self, function: str, request: bytes) -> bytes:
-        numbers = self._host.call(function, msgpack.unpackb(request))
+        numbers = self.host.call(function, msgpack.unpackb(request))
         packed: bytes = msgpack.packb(numbers)
         return packed
 
