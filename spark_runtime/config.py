@@ -1,7 +1,7 @@
 """What a run or a model is told, once, by the command line or a program."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -161,3 +161,82 @@ class Model:
             "fresh": self.fresh,
             "entry": self.entry,
         }
+
+
+AUTHS = ("public", "syntheticKey", "bearerToken")
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where models are called online.
+
+    Attributes:
+        url: Of the service, without the tenant, such as ``https://excel.example.com``.
+        tenant: Whose models they are.
+        auth: ``"public"`` sends no credential, ``"syntheticKey"`` a key, ``"bearerToken"`` a token.
+        credential: The key or the token, or a function, also an async one, that returns it; called once for each call.
+        timeout: Seconds that a call may take in all, repetitions included.
+        connect_timeout: Seconds that one attempt to connect may take.
+        retries: How often a call is repeated when the endpoint cannot be reached or has no time.
+        connections: How many calls are sent at once; more wait for their turn.
+        max_bytes: The longest answer that is read, and the longest once it is unpacked.
+        ca_file: A file of certificates that are trusted in place of the usual ones.
+        trust_env: Use the proxies and certificates that environment variables name.
+        compress: Send requests of more than a few KiB as gzip; not every runner reads that.
+    """
+
+    url: str
+    tenant: str
+    auth: str = "public"
+    credential: str | Callable[[], str | Awaitable[str]] | None = field(default=None, repr=False)
+    timeout: float = 60.0
+    connect_timeout: float = 10.0
+    retries: int = 2
+    connections: int = 16
+    max_bytes: int = 64 * 1024 * 1024
+    ca_file: str | Path | None = None
+    trust_env: bool = False
+    compress: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant.
+
+        Raises:
+            BadRequestError: A field has a value that makes no sense; the message names it.
+        """
+        _check_url(self.url)
+        if not isinstance(self.tenant, str) or not re.fullmatch(r"[^\s/?#%\\]+", self.tenant):
+            raise BadRequestError(f"endpoint: tenant is {self.tenant!r}, not a name")
+        if self.auth not in AUTHS:
+            raise BadRequestError(f"endpoint: auth is {self.auth!r}, not one of {', '.join(AUTHS)}")
+        if self.auth == "public" and self.credential is not None:
+            raise BadRequestError("endpoint: there is a credential, and auth is 'public', which sends none")
+        if self.auth != "public" and not (
+            callable(self.credential) or (isinstance(self.credential, str) and self.credential)
+        ):
+            raise BadRequestError(f"endpoint: auth is {self.auth!r} and needs a credential: a text, or a function")
+        for name, number in (("timeout", self.timeout), ("connect_timeout", self.connect_timeout)):
+            if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < float("inf"):
+                raise BadRequestError(f"endpoint: {name} is {number!r}, not a number of seconds above 0")
+        for name, count, least, most in (
+            ("retries", self.retries, 0, 100),
+            ("connections", self.connections, 1, 1024),
+            ("max_bytes", self.max_bytes, 1, GIB),
+        ):
+            if isinstance(count, bool) or not isinstance(count, int) or not least <= count <= most:
+                raise BadRequestError(f"endpoint: {name} is {count!r}, not between {least} and {most}")
+
+
+def _check_url(url: Any) -> None:
+    from urllib.parse import urlsplit  # few runs have an endpoint
+
+    try:
+        parts = urlsplit(url if isinstance(url, str) else "")
+        is_right = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:  # a port that is none, or brackets without their other half
+        is_right = False
+    if not is_right or re.search(r"[\s\\]", url):
+        shown = "no address" if "@" in str(url) else f"{url!r:.80}"  # before an @ there may be a password
+        raise BadRequestError(f"endpoint: url is {shown}, not such as https://excel.example.com")
+    if parts.username is not None or parts.query or parts.fragment:
+        raise BadRequestError("endpoint: url has a user, a query or a fragment in it; credentials go into credential")

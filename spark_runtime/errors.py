@@ -12,10 +12,26 @@ SparkError
 ├── BadRequestError      the user's: the call or the configuration makes no sense (also a ValueError)
 ├── ModelUnusable        the model's: it cannot be read, compiled or loaded at all
 │   └── ModelNotFound    the user's: no model of that name, or no such file
+│       └── MissingModelError  no model here is the one that a request names
 ├── EngineMissing        the machine's: the engine or the interpreter that a model asks for is not there
 ├── SparkClosed          the user's: this Spark was closed
 ├── QueueFull            the user's: more calls wait than may
 ├── BatchError           the user's: input or output of a batch cannot be used; see batch/
+├── OnlineError          the endpoint's: no answer to a call, or one that says that it failed; has status and code
+│   ├── OnlineBadRequestError      400, also a BadRequestError
+│   ├── UnauthorizedError          401
+│   ├── ForbiddenError             403
+│   ├── NotFoundError              404
+│   ├── ConflictError              409
+│   ├── UnsupportedMediaTypeError  415
+│   ├── UnprocessableEntityError   422
+│   ├── RateLimitError             429
+│   ├── InternalServerError        500
+│   ├── ServiceUnavailableError    503
+│   ├── GatewayTimeoutError        504
+│   ├── EndpointUnreachable        no connection, or a certificate that is not trusted
+│   ├── EndpointAnswerInvalid      not JSON, too long, damaged, or a redirect
+│   └── FallbackFailed             failed on the model here, then online as well; carries both
 └── ExecuteError         one call failed; names model and replica
     ├── ModelTrapped     the model's: it trapped (division by zero, unreachable, out of bounds, ...)
     │   ├── ModelOutOfMemory   it asked for more than its memory limit
@@ -32,21 +48,37 @@ SparkError
 from spark_workers.errors import (
     AnswerInvalid,
     BadRequestError,
+    ConflictError,
+    EndpointAnswerInvalid,
+    EndpointUnreachable,
     EngineMissing,
     ExecuteCancelled,
     ExecuteError,
     ExecuteTimeout,
+    FallbackFailed,
+    ForbiddenError,
     FunctionMissing,
+    GatewayTimeoutError,
+    InternalServerError,
+    MissingModelError,
     ModelExited,
     ModelNotFound,
     ModelOutOfMemory,
     ModelStackOverflow,
     ModelTrapped,
     ModelUnusable,
+    NotFoundError,
+    OnlineBadRequestError,
+    OnlineError,
     QueueFull,
+    RateLimitError,
     ReplicaDied,
+    ServiceUnavailableError,
     SparkClosed,
     SparkError,
+    UnauthorizedError,
+    UnprocessableEntityError,
+    UnsupportedMediaTypeError,
     WrongSignature,
 )
 
@@ -55,11 +87,19 @@ __all__ = [
     "BadRequestError",
     "BatchError",
     "CallFailed",
+    "ConflictError",
+    "EndpointAnswerInvalid",
+    "EndpointUnreachable",
     "EngineMissing",
     "ExecuteCancelled",
     "ExecuteError",
     "ExecuteTimeout",
+    "FallbackFailed",
+    "ForbiddenError",
     "FunctionMissing",
+    "GatewayTimeoutError",
+    "InternalServerError",
+    "MissingModelError",
     "ModelExited",
     "ModelNotFound",
     "ModelOutOfMemory",
@@ -67,15 +107,23 @@ __all__ = [
     "ModelTrapped",
     "ModelUnusable",
     "NoSuchRun",
+    "NotFoundError",
     "NurseryDied",
+    "OnlineBadRequestError",
+    "OnlineError",
     "ProtocolViolated",
     "QueueFull",
+    "RateLimitError",
     "ReplicaDied",
     "RequestRefused",
     "ScriptUnusable",
+    "ServiceUnavailableError",
     "SparkClosed",
     "SparkError",
     "StoreError",
+    "UnauthorizedError",
+    "UnprocessableEntityError",
+    "UnsupportedMediaTypeError",
     "WorkerDied",
     "WrongSignature",
 ]

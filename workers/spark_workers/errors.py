@@ -121,8 +121,173 @@ class ExecuteCancelled(ExecuteError, concurrent.futures.CancelledError):
     """The call was cancelled. If it ran, its work was stopped."""
 
 
+class MissingModelError(ModelNotFound):
+    """No model that is known here is the one that a request names."""
+
+    status = 404
+    code = "MISSING_MODEL"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, as the service tells its errors."""
+        return {"error": {"status": self.status, "message": str(self), "code": self.code}}
+
+
+class OnlineError(SparkError):
+    """The endpoint gave no answer to a call, or one that says that it failed.
+
+    Attributes:
+        status: The status of the HTTP answer; what a gateway would say where there was none.
+        code: The service's word for it, such as ``"UNAUTHORIZED"``.
+        details: What else is known, as plain data.
+    """
+
+    status = 500
+    code = "ONLINE_ERROR"
+
+    def __init__(
+        self, message: str, status: int | None = None, code: str = "", details: dict[str, Any] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status or type(self).status
+        self.code = code or type(self).code
+        self.details = details or {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, as the service tells its errors."""
+        return {"error": {"status": self.status, "message": str(self), "code": self.code, **self.details}}
+
+
+class OnlineBadRequestError(OnlineError, BadRequestError):
+    """400: the request makes no sense to the endpoint."""
+
+    status = 400
+    code = "BAD_REQUEST"
+
+
+class UnauthorizedError(OnlineError):
+    """401: the endpoint does not take the key or the token."""
+
+    status = 401
+    code = "UNAUTHORIZED"
+
+
+class ForbiddenError(OnlineError):
+    """403: whoever the key or the token belongs to may not do that."""
+
+    status = 403
+    code = "FORBIDDEN"
+
+
+class NotFoundError(OnlineError):
+    """404: the endpoint knows no such model, or no such tenant."""
+
+    status = 404
+    code = "NOT_FOUND"
+
+
+class ConflictError(OnlineError):
+    """409: something else is going on there that this call is in the way of."""
+
+    status = 409
+    code = "CONFLICT"
+
+
+class UnsupportedMediaTypeError(OnlineError):
+    """415: the endpoint does not read requests of this form."""
+
+    status = 415
+    code = "UNSUPPORTED_MEDIA_TYPE"
+
+
+class UnprocessableEntityError(OnlineError):
+    """422: the endpoint reads the request and cannot use it."""
+
+    status = 422
+    code = "UNPROCESSABLE_ENTITY"
+
+
+class RateLimitError(OnlineError):
+    """429: too many calls. ``details["retry_after"]``: the seconds to wait, if the endpoint said them."""
+
+    status = 429
+    code = "RATE_LIMIT_EXCEEDED"
+
+
+class InternalServerError(OnlineError):
+    """500: the endpoint failed at this call."""
+
+    status = 500
+    code = "INTERNAL_SERVER_ERROR"
+
+
+class ServiceUnavailableError(OnlineError):
+    """503: the endpoint takes no calls now."""
+
+    status = 503
+    code = "SERVICE_UNAVAILABLE"
+
+
+class GatewayTimeoutError(OnlineError):
+    """504: the endpoint had no answer within its own limit."""
+
+    status = 504
+    code = "GATEWAY_TIMEOUT"
+
+
+class EndpointUnreachable(OnlineError):
+    """There is no connection to the endpoint: no such host, refused, cut off, or its certificate is not trusted."""
+
+    status = 503
+    code = "ENDPOINT_UNREACHABLE"
+
+
+class EndpointAnswerInvalid(OnlineError):
+    """What the endpoint sent is no answer: not JSON, too long, damaged, or a redirect, which is not followed."""
+
+    status = 502
+    code = "ENDPOINT_ANSWER_INVALID"
+
+
+class FallbackFailed(OnlineError):
+    """A call failed on the model here, and then online as well.
+
+    Attributes:
+        offline: Why it failed here.
+        online: Why it failed at the endpoint; also the ``__cause__``.
+    """
+
+    code = "FALLBACK_FAILED"
+
+    def __init__(self, offline: SparkError, online: SparkError) -> None:
+        status = online.status if isinstance(online, OnlineError) else 504 if isinstance(online, TimeoutError) else 500
+        super().__init__(f"offline: {offline}; online: {online}", status)
+        self.offline = offline
+        self.online = online
+        self.__cause__ = online
+
+    def __reduce__(self) -> tuple[type["FallbackFailed"], tuple[SparkError, SparkError]]:
+        """Travel between processes as the two errors that it is made of."""
+        return FallbackFailed, (self.offline, self.online)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, both errors included."""
+        told = super().to_dict()
+        told["error"] |= {"offline": self.offline.to_dict(), "online": self.online.to_dict()}
+        return told
+
+
+def online_error(status: int, message: str, code: str = "", details: dict[str, Any] | None = None) -> OnlineError:
+    """Return the error for an endpoint's answer of *status*; a plain `OnlineError` for one without a class."""
+    kind = _BY_STATUS.get(status)
+    if kind is None:
+        return OnlineError(message, status, code or f"HTTP_{status}", details)
+    return kind(message, status, code, details)
+
+
 def from_dict(data: dict[str, Any]) -> SparkError:
     """Return the error that `SparkError.to_dict` told as *data*; an `ExecuteError` in place of one not known here."""
+    if isinstance(data.get("error"), dict):
+        return _from_service(dict(data["error"]))
     rest = dict(data)
     kind = _KINDS.get(str(rest.pop("error", "")), ExecuteError)
     message = str(rest.pop("message", ""))
@@ -134,6 +299,20 @@ def from_dict(data: dict[str, Any]) -> SparkError:
     return kind(message)
 
 
+def _from_service(rest: dict[str, Any]) -> SparkError:
+    message, code, status = str(rest.pop("message", "")), str(rest.pop("code", "")), rest.pop("status", None)
+    offline, online = rest.get("offline"), rest.get("online")
+    if code == FallbackFailed.code and isinstance(offline, dict) and isinstance(online, dict):
+        return FallbackFailed(from_dict(offline), from_dict(online))
+    if code == MissingModelError.code:
+        return MissingModelError(message)
+    status = status if isinstance(status, int) else OnlineError.status
+    for kind in (EndpointUnreachable, EndpointAnswerInvalid):
+        if code == kind.code:
+            return kind(message, status, code, rest)
+    return online_error(status, message, code, rest)
+
+
 def _below(kind: type[SparkError]) -> dict[str, type[SparkError]]:
     return {kind.__name__: kind} | {
         name: each for below in kind.__subclasses__() for name, each in _below(below).items()
@@ -142,3 +321,20 @@ def _below(kind: type[SparkError]) -> dict[str, type[SparkError]]:
 
 # Made while nothing else has been derived from these: exactly the classes of this file.
 _KINDS = _below(SparkError)
+
+_BY_STATUS: dict[int, type[OnlineError]] = {
+    kind.status: kind
+    for kind in (
+        OnlineBadRequestError,
+        UnauthorizedError,
+        ForbiddenError,
+        NotFoundError,
+        ConflictError,
+        UnsupportedMediaTypeError,
+        UnprocessableEntityError,
+        RateLimitError,
+        InternalServerError,
+        ServiceUnavailableError,
+        GatewayTimeoutError,
+    )
+}
