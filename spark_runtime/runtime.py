@@ -5,21 +5,27 @@ the caller's own thread; the pool's one thread reads the answer and resolves the
 """
 
 import logging
+import threading
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Generator, Iterable
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spark_runtime.config import Model
-from spark_runtime.errors import BadRequestError, ModelNotFound
+from spark_runtime.errors import BadRequestError, ModelNotFound, SparkClosed
+from spark_runtime.models.fronts import Fronts, Opened
 from spark_runtime.models.prepared import ModelCache, ModelFile, Prepared
-from spark_runtime.pool.job import NEVER, Call, Waiting
+from spark_runtime.pool.job import FINISHED, NEVER, Call, Context, Job, Waiting
 from spark_runtime.pool.pool import Pool
 from spark_runtime.pool.statistics import Statistics
 from spark_runtime.pool.stream import Outcome, Stream
-from spark_workers.requests import read_bytes, read_json, read_numbers, write_numbers, write_request
+from spark_workers.requests import read_numbers, write_numbers
+
+if TYPE_CHECKING:
+    from spark_runtime.models.registry import Registry, Wanted
 
 MAX_WAITING = 10_000
 WINDOW = 1024  # rows of a map that are under way
@@ -70,7 +76,9 @@ class Spark:
         self._timeout = timeout
         note = on_note or _log.info
         cache = ModelCache(Path(cache_dir) if cache_dir is not None else None, warn=on_note)
+        self._fronts = Fronts(self._models)
         self._pool = Pool(self._models, max_models, max_waiting, cache, note)
+        self._pool.on_outcall = _Outcalls(self)
         unwatch = _watch(self._models.values(), self._pool, note)
         self._finalizer = weakref.finalize(self, _close, self._pool, unwatch)  # also at the interpreter's end
 
@@ -81,7 +89,8 @@ class Spark:
 
         Args:
             request: Anything that JSON can say, which the model gets as JSON, and the answer is read as JSON; or
-                bytes, which it gets as they are, and the answer is bytes.
+                bytes, which it gets as they are, and the answer is bytes. A Neuron model takes plain inputs,
+                ``{"radius": 3}``, or a whole request.
             model: Its name; may be left out if there is only one.
             timeout: Seconds for this call, in place of the model's and the `Spark`'s own.
 
@@ -91,15 +100,21 @@ class Spark:
             BadRequestError, QueueFull, SparkClosed: It was not tried.
         """
         name = self._name(model)
-        answer, replica = self._wait(name, "", write_request(request), timeout)
-        read = read_bytes if isinstance(request, bytes | bytearray | memoryview) else read_json
-        return read(answer, name, replica)
+        opened = self._fronts.open(name, request)
+        if opened.is_answered:
+            return opened.read(b"", name, 0)
+        answer, replica = self._wait(name, "", opened.payload, timeout, opened.context)
+        return opened.read(answer, name, replica)
 
     def submit(self, request: Any, model: str | None = None, *, timeout: float | None = None) -> Call:
         """Begin a call; return its future. Its `Call.cancel` stops it wherever it is."""
         name = self._name(model)
-        read = read_bytes if isinstance(request, bytes | bytearray | memoryview) else read_json
-        return self._submit(name, "", write_request(request), read, timeout)
+        return self._begin(name, self._fronts.open(name, request), timeout)
+
+    def submit_text(self, text: bytes, model: str | None = None, *, timeout: float | None = None) -> Call:
+        """As `submit`, for a request that is JSON already; the answer is JSON as bytes, too."""
+        name = self._name(model)
+        return self._begin(name, self._fronts.open_text(name, text), timeout)
 
     async def aexecute(self, request: Any, model: str | None = None, *, timeout: float | None = None) -> Any:
         """As `execute`, for asyncio. Cancelling the task stops the work."""
@@ -170,7 +185,8 @@ class Spark:
             ModelUnusable, EngineMissing, SparkClosed: The model as a whole cannot be run.
         """
         name = self._name(model)
-        return Stream(self._pool, name, self._limit(name, timeout), requests, ordered, window).run()
+        opening = partial(self._fronts.open, name)
+        return Stream(self._pool, name, self._limit(name, timeout), requests, ordered, window, opening).run()
 
     # --- the rest ---
 
@@ -233,16 +249,29 @@ class Spark:
         payload: bytes,
         read: Callable[[bytes, str, int], Any],
         timeout: float | None,
+        context: Context | None = None,
     ) -> Call:
         limit = self._limit(name, timeout)
         deadline = NEVER if limit is None else time.monotonic() + limit
         call = Call(name, function, payload, deadline, read, self._stop)
+        call.context = context
         self._pool.submit(name, [call])
         return call
 
-    def _wait(self, name: str, function: str, payload: bytes, timeout: float | None) -> tuple[bytes, int]:
+    def _begin(self, name: str, opened: Opened, timeout: float | None, context: Context | None = None) -> Call:
+        if opened.is_answered:
+            call = Call(name, "", b"", NEVER, opened.read, self._stop)
+            call.state = FINISHED
+            call.resolve(b"", 0)
+            return call
+        return self._submit(name, "", opened.payload, opened.read, timeout, context or opened.context)
+
+    def _wait(
+        self, name: str, function: str, payload: bytes, timeout: float | None, context: Context | None = None
+    ) -> tuple[bytes, int]:
         limit = self._limit(name, timeout)
         job = Waiting(function, payload, NEVER if limit is None else time.monotonic() + limit)
+        job.context = context
         try:
             self._pool.submit(name, (job,))
             return job.wait()
@@ -270,6 +299,54 @@ class Spark:
                 return next(iter(self._models))
             raise BadRequestError(f"which model is to be called? There are {known}")
         raise ModelNotFound(f"there is no model {model!r}; there are {known}")
+
+
+class _Outcalls:
+    """Answers what models ask of other services, with the models of a `Spark`, which it does not keep alive."""
+
+    def __init__(self, spark: Spark) -> None:
+        self._spark = weakref.ref(spark)
+        self._registry: Registry[str] | None = None
+        self._making = threading.Lock()
+
+    def __call__(self, model: str, job: Job, request: bytes, reply: Callable[[bytes, str], None]) -> None:
+        """See `spark_runtime.pool.pool.Outcall`."""
+        from spark_runtime.models.outcalls import Outcalls
+
+        begin = partial(Outcalls(self._find, self._submit).begin, model, job, request, reply)
+        if self._registry is None:  # packages have to be read, and whoever calls us reads every answer
+            threading.Thread(target=begin, name="spark-outcall", daemon=True).start()
+        else:
+            begin()
+
+    def _find(self, wanted: "Wanted") -> str:
+        spark = self._open()
+        name = f"{wanted.folder}/{wanted.service}" if wanted.folder else wanted.service
+        if name in spark._models:
+            return name
+        with self._making:
+            if self._registry is None:
+                self._registry = self._packages(spark)
+        return self._registry.find(wanted)
+
+    def _packages(self, spark: Spark) -> "Registry[str]":
+        from spark_runtime.models.registry import Registry
+
+        registry: Registry[str] = Registry()
+        for name in spark._models:
+            if spark._fronts.is_package(name):
+                registry.add(name, spark._fronts.identity(name), name)
+        return registry
+
+    def _submit(self, model: str, request: Any, context: Context, timeout: float) -> Call:
+        spark = self._open()
+        return spark._begin(model, spark._fronts.open(model, request), timeout, context)
+
+    def _open(self) -> Spark:
+        spark = self._spark()
+        if spark is None:
+            raise SparkClosed("this Spark is closed")
+        return spark
 
 
 def _checked(function: str) -> str:

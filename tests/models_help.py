@@ -1,11 +1,13 @@
 """Models to test with, and a look at the processes that run them."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from spark_runtime import Spark
@@ -19,6 +21,7 @@ REACTOR = MODELS / "wasi_reactor.wasm"
 WORK = MODELS / "wasi_work.wasm"
 MEMORY = MODELS / "mem_model.wasm"
 FUSSY = MODELS / "fussy.wasm"  # answers what it is asked, unless a sign says otherwise; see src/fussy.wat
+PACKAGES = MODELS / "packages"  # Neuron packages; see src/ in it
 
 
 def until(fits: Callable[[], bool], seconds: float = 10.0) -> None:
@@ -92,11 +95,15 @@ def module(folder: Path, name: str, text: str) -> Path:
     return path
 
 
-def start_program(source: str, *flags: str, **environment: str) -> "subprocess.Popen[str]":
-    """Start a Python program that uses a Spark; what it may import beside is this file."""
+@contextlib.contextmanager
+def program(source: str, *flags: str, **environment: str) -> "Iterator[subprocess.Popen[str]]":
+    """A Python program that uses a Spark, for the length of a block; all of this file is imported in it.
+
+    It leads a group of its own, of which nothing is left after the block.
+    """
     head = f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
     head += "from models_help import *\nfrom spark_runtime import Model, Spark\n"
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, *flags, "-c", head + textwrap.dedent(source)],
         env={**os.environ, **environment},
         stdin=subprocess.DEVNULL,
@@ -105,16 +112,18 @@ def start_program(source: str, *flags: str, **environment: str) -> "subprocess.P
         text=True,
         start_new_session=True,
     )
+    with process:
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def run_program(
     source: str, *flags: str, timeout: float = 50.0, **environment: str
 ) -> "subprocess.CompletedProcess[str]":
     """Run such a program to its end."""
-    with start_program(source, *flags, **environment) as process:
-        try:
-            out, err = process.communicate(timeout=timeout)
-        except BaseException:
-            process.kill()
-            raise
+    with program(source, *flags, **environment) as process:
+        out, err = process.communicate(timeout=timeout)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)

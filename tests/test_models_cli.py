@@ -119,7 +119,7 @@ def test_inspecting_for_people_is_plain_in_a_pipe(folder: Path, tmp_path: Path) 
     ("content", "words"),
     [
         (b"", "is empty"),
-        (b"PK\x03\x04", "a zip archive"),
+        (b"PK\x03\x04", "the package cannot be used"),
         (WASM + b"\x01\xff\xff", "model 'bad'"),
         (None, "there is no file"),
     ],

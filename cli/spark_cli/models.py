@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from pathlib import Path
@@ -13,10 +14,14 @@ from spark_cli.model_options import build_model, model_options
 from spark_cli.words import plural, size_text, visible, write_table
 
 if TYPE_CHECKING:
+    from spark_runtime.config import Model
     from spark_runtime.models.prepared import CacheEntry, ModelFile, Prepared
 
 PAGE = 64 * 1024  # bytes of a page of linear memory
 KEY_SHOWN = 12
+ASK_SECONDS = 10.0  # for each of the empty requests
+
+_MISSED = re.compile(r"Input parameter missing for '([^']+)'")
 
 
 @click.group("models")
@@ -29,11 +34,18 @@ def command() -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, nothing else.")
 @model_options
 def inspect(model: Path, as_json: bool, **given: Any) -> None:
-    """Say what MODEL is, what it imports and exports, and how it will be called. It is compiled, not run."""
+    """Say what MODEL is, what it imports and exports, and how it will be called.
+
+    It is compiled, not run. Only a Neuron package is asked two empty requests, to see which inputs it misses and
+    whether it knows columnar ones.
+    """
     from spark_runtime.runtime import prepare_model
 
-    file, prepared = prepare_model(build_model(model, given), _note)
+    chosen = build_model(model, given)
+    file, prepared = prepare_model(chosen, _note)
     document = describe(file, prepared)
+    if "package" in document:
+        document["package"].update(ask_empty(chosen))
     if as_json:
         _write_json(document)
         return
@@ -92,7 +104,9 @@ def cache_clear(yes: bool) -> None:
 def describe(file: ModelFile, prepared: Prepared) -> dict[str, Any]:
     """Return all that is known of a model, as plain data."""
     report = prepared.report
+    package = {"package": _package(file, report["package"])} if "package" in report else {}
     return {
+        **package,
         "path": str(file.path),
         "size": file.size,
         "sha256": file.sha256,
@@ -113,6 +127,73 @@ def describe(file: ModelFile, prepared: Prepared) -> dict[str, Any]:
     }
 
 
+def _package(file: ModelFile, told: dict[str, Any]) -> dict[str, Any]:
+    """Return what is known of a Neuron package as a whole: who it is, and what it comes with."""
+    from spark_runtime.models.registry import identify
+    from spark_workers.packages.package import Identity
+
+    said = Identity(**told["identity"]) if told["identity"] else None
+    who = identify(told["service"] or file.path.stem, file.sha256, said)
+    return {
+        "folder": who.folder,
+        "service": who.service,
+        "version_id": who.version_id,
+        "version_id_is_derived": who.is_derived,
+        "version": who.version,
+        "service_id": who.service_id,
+        "compiler_version": told["compiler_version"],
+        "has_metadata": told["has_static"],
+        "has_formspec": told["has_formspec"],
+        "calls_services": told["calls_services"],
+        "heap_limit": told["heap_limit"],
+        "warnings": told["warnings"],
+    }
+
+
+def ask_empty(model: Model) -> dict[str, Any]:
+    """Return what can be seen of a Neuron model by asking it nothing: inputs that it misses, and columnar or not."""
+    from spark_runtime.errors import SparkError
+    from spark_runtime.models.rowwise import is_columnar_answer
+    from spark_runtime.runtime import Spark
+
+    seen: dict[str, Any] = {"inputs": [], "is_columnar": None, "failed": ""}
+    try:
+        with Spark([model], timeout=ASK_SECONDS) as spark:
+            data = spark.execute({"request_data": {"inputs": {}}, "request_meta": {}}).get("response_data", {})
+            told = [str(each.get("message", "")) for each in data.get("warnings") or ()]
+            seen["inputs"] = sorted({found[1] for found in map(_MISSED.search, told) if found})
+            columnar = spark.execute({"inputs": [seen["inputs"][:1] or ["input"], [None]]})
+            seen["is_columnar"] = is_columnar_answer(columnar)
+    except (SparkError, AttributeError, TypeError) as problem:  # it fails, or answers what no Neuron model does
+        seen["failed"] = str(problem)
+    return seen
+
+
+def _package_lines(package: dict[str, Any]) -> list[tuple[str, str]]:
+    version = f", version {package['version']}" if package["version"] else ""
+    derived = " (derived from its bytes)" if package["version_id_is_derived"] else ""
+    beside = [
+        name
+        for name, is_there in (("metadata", package["has_metadata"]), ("a form specification", package["has_formspec"]))
+        if is_there
+    ]
+    calls = "calls other services" if package["calls_services"] else "calls no other services"
+    columns = {True: "knows columnar requests", False: "knows no columnar requests", None: ""}
+    asked = ", ".join(package["inputs"]) or "none that it misses"
+    return [
+        ("service", f"{package['folder']}/{package['service']}{version}"),
+        ("id", f"{package['version_id']}{derived}"),
+        (
+            "built",
+            f"by compiler {package['compiler_version']}" if package["compiler_version"] else "by an unknown compiler",
+        ),
+        ("has", ", ".join([*(beside or ["no metadata"]), calls])),
+        ("inputs", f"not found out: {package['failed']}" if package["failed"] else asked),
+        ("rows", columns[package["is_columnar"]] or "not found out"),
+        *(("warning", text) for text in package["warnings"]),
+    ]
+
+
 def _write_model(document: dict[str, Any]) -> None:
     kept = document["cache"]
     state = "was prepared before" if kept["was_cached"] else "prepared now"
@@ -120,6 +201,7 @@ def _write_model(document: dict[str, Any]) -> None:
     lines = [
         ("model", f"{document['path']} ({size_text(document['size'])})"),
         ("kind", str(document["kind"])),
+        *(_package_lines(document["package"]) if "package" in document else ()),
         ("runs", str(document["runs"])),
         *(("memory", _memory_text(memory)) for memory in document["memories"]),
         (
@@ -136,6 +218,10 @@ def _write_model(document: dict[str, Any]) -> None:
             (f"{each['module']}.{each['name']}" if title == "imports" else each["name"], each["kind"], each["type"])
             for each in document[title]
         ]
+        if "package" in document:  # one letter for each, and what it stands for
+            meant = [(*row, each["meaning"]) for row, each in zip(rows, document[title], strict=True)]
+            write_table(("name", "kind", "type", "in C"), meant)
+            continue
         write_table(("name", "kind", "type"), rows)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from spark_runtime.errors import BadRequestError, EngineMissing
 
 #: Counted up whenever engines are configured in another way, or the report says something else: old entries then rest.
-FORMAT = 1
+FORMAT = 2
 
 #: The settings that the code or the report depends on. Limits of memory, tables and stack are those of a running
 #: instance: wasmtime takes the same code whatever they are (tried with 64 KiB to 1 MiB of stack).

@@ -1,4 +1,7 @@
-"""A model's file, read once. Only its first bytes are looked at: parsing is a compile worker's business."""
+"""A model's file, read once. Only its first bytes are looked at: parsing is a compile worker's business.
+
+It is a WASM module, or a zip: a Neuron package.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,13 @@ from spark_runtime.errors import ModelNotFound, ModelUnusable
 SIZE_LIMIT = 1 << 30
 
 _MAGIC = b"\0asm"
+_ZIP = b"PK\x03\x04"
 _CORE = b"\x01\0\0\0"
 _COMPONENT = b"\x0d\0\x01\0"  # version 13 of layer 1
 _CHUNK = 1 << 20
 
 # What people give by mistake, by how it begins, with the way out.
 _LOOKS = (
-    (b"PK\x03\x04", "a zip archive; unpack it and give the .wasm file in it"),
     (b"PK\x05\x06", "an empty zip archive"),
     (b"\x1f\x8b", "compressed with gzip; unpack it first"),
     (b"\x28\xb5\x2f\xfd", "compressed with zstd; unpack it first"),
@@ -50,13 +53,18 @@ class ModelFile:
         """How many bytes there are."""
         return len(self.data)
 
+    @property
+    def is_package(self) -> bool:
+        """Tell whether it is a zip, and so a Neuron package."""
+        return self.data.startswith(_ZIP)
+
     @classmethod
     def read(cls, path: str | Path) -> ModelFile:
         """Read the file once; whoever compiles gets the bytes that were hashed, whatever happens to the file.
 
         Raises:
             ModelNotFound: There is no such file.
-            ModelUnusable: It cannot be read, or is no WASM module by its first bytes.
+            ModelUnusable: It cannot be read, or is neither a WASM module nor a zip by its first bytes.
         """
         try:
             absolute = Path(os.path.abspath(path))
@@ -110,7 +118,7 @@ def _refuse_size(path: Path) -> None:
 def _check_beginning(path: Path, data: bytes) -> None:
     """Raise `ModelUnusable` where the first bytes tell that this is no module; say what it looks like."""
     magic, version = data[:4], data[4:8]
-    if magic == _MAGIC and version == _CORE:
+    if magic == _ZIP or (magic == _MAGIC and version == _CORE):
         return
     if not data:
         raise ModelUnusable(f"{path} is empty; build the model again")

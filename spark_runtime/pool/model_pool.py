@@ -562,17 +562,16 @@ class ModelPool:
             is_sudden = was_starting or (lane is not None and not told and replica.has_failed_to_start())
             self._failures += is_sudden
             # Only one that never came to serve says that none can; somebody may kill as many as he likes that idle.
-            is_hopeless = was_starting and self._failures >= MAX_FAILURES and not self._serving
+            # Those that were never there were lost with their nursery, and the pool counts nurseries by itself.
+            was_there = was_starting and replica.pid is not None
+            is_hopeless = was_there and self._failures >= MAX_FAILURES and not self._serving
             if not is_hopeless:
                 self._fill_soon(self._backoff())
         for job, problem in told:
             job.fail(problem)
-        if is_hopeless or (was_starting and self._old and self._failures >= MAX_FAILURES):
+        if is_hopeless or (was_there and self._old and self._failures >= MAX_FAILURES):
             name = self.model.name
-            if replica.pid is None:  # it was never there
-                self.failed(NurseryDied(f"model {name!r}: what starts its processes ended; `spark doctor` shows why"))
-            else:
-                self.failed(ModelUnusable(f"model {name!r}: its process ends before it can take a call: {how}", "died"))
+            self.failed(ModelUnusable(f"model {name!r}: its process ends before it can take a call: {how}", "died"))
 
     def _settle(self, replica: Replica, jobs: deque[Job], how: str) -> tuple[list[tuple[Job, SparkError]], list[Job]]:
         """Of the calls that a dead process had, return those that fail, with their errors, and those not begun."""

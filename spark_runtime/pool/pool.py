@@ -276,7 +276,7 @@ class Pool:
         name = models.model.name
         if self._loaded.get(name) is models:
             del self._loaded[name]
-        has_died = isinstance(error, ModelUnusable) and error.kind == "died"
+        has_died = isinstance(error, NurseryDied) or (isinstance(error, ModelUnusable) and error.kind == "died")
         self._unusable[name] = (time.monotonic() + (DIED_RETRY_SECONDS if has_died else RETRY_SECONDS), error)
 
     def outcall(self, name: str, job: Job, request: bytes, reply: Callable[[bytes, str], None]) -> None:
@@ -316,6 +316,7 @@ class Pool:
         key = (model.engine, *command)
         if key not in self._nurseries:
             if self._lost >= MAX_LOST:
+                self._lost = MAX_LOST - 1  # whoever asks again, when the model is tried again, may try one more
                 raise NurseryDied("the process that starts workers ends at once; `spark doctor` shows why")
             modules = PRELOADED[model.engine]
             if any(str(each.path).lower().endswith(".zip") for each in self._models.values()):

@@ -62,7 +62,7 @@ class Executions:
             if message.function:
                 call = self._open().submit_call(message.model, message.function, *numbers, timeout=limit)
             else:
-                call = self._open().submit(message.payload, message.model or None, timeout=limit)
+                call = self._open().submit_text(message.payload, message.model or None, timeout=limit)
         except SparkError as problem:
             _refuse(worker, message.id, problem)
             return

@@ -2,10 +2,13 @@
 
 An engine is one module with a class that fits `Engine`, found by `open_engine`. Whatever goes wrong in a guest or a
 module leaves an engine as `GuestFailed`.
+
+Hosts that give their guests more than WASI link several modules and functions of their own: a `Group`. Only engines
+that fit `LinkingEngine` can do that; wasmer is not asked to.
 """
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -129,6 +132,68 @@ class Engine(Protocol):
 
     def interrupt(self) -> None:
         """Stop the guest that runs now, from another thread. The call fails with "interrupted"."""
+
+
+class Member(Protocol):
+    """A loaded module that becomes an instance in a group."""
+
+    @property
+    def imports(self) -> list[Extern]: ...
+
+    @property
+    def exports(self) -> list[Extern]: ...
+
+    def rename(self, names: dict[str, str]) -> None:
+        """Have backtraces call exports by other names: those in *names*, by the exports' own."""
+
+
+class LinkedInstance(Instance, Protocol):
+    """An instance in a group. It is closed with the group."""
+
+    def export(self, name: str) -> Any:
+        """Return the export of that name, to be given to another member; None if there is none."""
+
+    def grow(self, pages: int) -> bool:
+        """Make the exported memory larger by so many pages of 64 KiB; tell whether it may be."""
+
+
+class Group(Protocol):
+    """Instances that live and end together: one may import what another exports.
+
+    The one that exports a memory is the guest: failures tell its functions and its memory.
+    """
+
+    def add(self, member: Any, given: Sequence[Any]) -> LinkedInstance:
+        """Make an instance that imports what is *given*, in the order of its imports.
+
+        Each is what `LinkedInstance.export` or `LinkingEngine.function` returned.
+
+        Raises:
+            GuestFailed: "unsupported-import" if something does not fit; as `Code.instantiate`.
+        """
+
+    def arm(self) -> None:
+        """As `Instance.arm`, for all of them."""
+
+    def close(self) -> None:
+        """Free everything at once."""
+
+
+class LinkingEngine(Engine, Protocol):
+    """An engine that links modules with each other and with functions of the host's."""
+
+    def load_member(self, code: str | bytes) -> Member:
+        """Map the machine code at a path, or copy it. Raises GuestFailed("stale-code") if it does not fit."""
+
+    def function(self, kind: str, run: Callable[..., Any]) -> Any:
+        """Return a function that guests can import, of a type such as ``(i32, i64) -> f64``.
+
+        *run* gets numbers, integers signed, and returns a number or, for a type without a result, anything. A
+        `GuestFailed` that it raises ends the guest's call and is what the caller gets; so does any other exception.
+        """
+
+    def open_group(self, memory_limit: int) -> Group:
+        """Return an empty group. Its one memory may have *memory_limit* bytes."""
 
 
 def open_engine(name: str, settings: Settings) -> Engine:

@@ -61,6 +61,8 @@ _STARVED = ("unreachable", "out-of-bounds-memory", "out-of-bounds-table", "indir
 _FULL_BACKTRACE, _CIRCLE = 20, 4  # frames that wasmtime keeps at most; functions that call each other without end
 _ALLOCATION_NAMES = re.compile(r"handle_alloc_error|rust_oom|alloc_error_handler|out_?of_?memory|growMemory", re.I)
 _ALLOCATION_TEXTS = re.compile(rb"memory allocation of \d+ bytes failed|out of memory|std::bad_alloc", re.I)
+#: The name of modules of our own that stand between a guest and its host: backtraces do not show them.
+BRIDGE = "spark bridge"
 MAX_FRAMES = 50
 MAX_NAME = 200
 _NO_OFFSET = (1 << 64) - 1
@@ -144,6 +146,14 @@ def out_of_memory(what: str, memory: int, limit: int, details: dict[str, object]
 def speaks_of_memory(written: bytes) -> bool:
     """Tell whether what a guest wrote before it trapped is the message of an allocation that failed."""
     return _ALLOCATION_TEXTS.search(written) is not None
+
+
+def ended_by_host(raised: BaseException, function: str, frames: Sequence[Frame], memory: int) -> BaseException:
+    """Return what a function of the host's has raised to end a call of *function*, with where the guest was."""
+    if isinstance(raised, GuestFailed):
+        known = {"function": function, "memory": memory, "backtrace": [str(each) for each in frames]}
+        raised.details = {**known, **raised.details}
+    return raised
 
 
 def exited(function: str, code: int) -> GuestFailed:

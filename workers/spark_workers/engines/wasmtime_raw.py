@@ -12,18 +12,21 @@ What makes it fast, and what it takes to be safe:
 * Linear memory is looked at through one memoryview. It never moves (``memory_may_move`` is off) and never shrinks, so
   its length is asked for again only when an access lies beyond what is known.
 * `ctypes` releases the GIL during a call, so another thread can interrupt it.
-* What wasmtime gives out is freed once: instances by `close`, the rest when the last user is gone.
+* A function of the host's is a C callback that reads its arguments where they lie. What it raises is kept, the guest
+  is ended by a trap, and whoever called the guest gets what was raised.
+* What wasmtime gives out is freed once: stores by `close`, the rest when the last user is gone.
 """
 
 import ctypes
 import os
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from spark_workers.engines import code_file, traps
 from spark_workers.engines.arguments import CALLABLE, RANGES, convert_all, not_callable, wrong_count
-from spark_workers.engines.outline import OutlineUnreadable, read_outline
+from spark_workers.engines.outline import OutlineUnreadable, read_outline, signature_of
 from spark_workers.engines.seam import Number, Settings, Wasi
 from spark_workers.engines.stack import stack_bytes
 from spark_workers.engines.streams import clean_texts, path_of, read_all
@@ -32,7 +35,7 @@ from spark_workers.hosts.failures import GuestFailed
 
 _P = ctypes.c_void_p
 _SIZE = ctypes.c_size_t
-_FUNCTION, _MEMORY = 0, 3  # kinds of `Extern`
+_FUNCTION = 0  # a kind of `ExternItem`
 _READ_WRITE = 0x200  # PyBUF_WRITE
 
 
@@ -52,12 +55,20 @@ class ExternItem(ctypes.Structure):
 InstanceItem = ctypes.c_uint64 * 2
 VALUE_BYTES = 16
 
+GROUP_SIZE = 8  # instances that a group may have
+
 _VIEWS: dict[str, Any] = {
     "i32": ctypes.c_int32,
     "i64": ctypes.c_int64,
     "f32": ctypes.c_float,
     "f64": ctypes.c_double,
 }
+
+_KINDS = {"i32": 0, "i64": 1, "f32": 2, "f64": 3}  # ``wasm_valkind_t``
+_HOST_FAILED = b"a function of the host's failed"
+
+#: ``wasmtime_func_unchecked_callback_t``: environment, caller, values, their number; returns a trap or 0.
+HostCallback = ctypes.CFUNCTYPE(_SIZE, _P, _P, _P, _SIZE)
 
 _EXACT = (-(1 << 24), 1 << 24)  # integers that even the smallest float is exact for
 
@@ -103,6 +114,7 @@ _module_new = _bind("wasmtime_module_new", _P, _P, ctypes.c_char_p, _SIZE, _P)
 _module_delete = _bind("wasmtime_module_delete", None, _P)
 _module_serialize = _bind("wasmtime_module_serialize", _P, _P, _P)
 _module_load = _bind("wasmtime_module_deserialize_file", _P, _P, ctypes.c_char_p, _P)
+_module_copy = _bind("wasmtime_module_deserialize", _P, _P, ctypes.c_char_p, _SIZE, _P)
 
 _linker_new = _bind("wasmtime_linker_new", _P, _P)
 _linker_delete = _bind("wasmtime_linker_delete", None, _P)
@@ -117,9 +129,16 @@ _store_context = _bind("wasmtime_store_context", _P, _P)
 _store_limits = _bind("wasmtime_store_limiter", None, _P, *[ctypes.c_int64] * 5)
 _context_wasi = _bind("wasmtime_context_set_wasi", _P, _P, _P)
 _context_deadline = _bind("wasmtime_context_set_epoch_deadline", None, _P, ctypes.c_uint64)
+_instance_new = _bind("wasmtime_instance_new", _P, _P, _P, _P, _SIZE, _P, _P)
 _instance_export = _bind("wasmtime_instance_export_get", ctypes.c_bool, _P, _P, ctypes.c_char_p, _SIZE, _P)
 _memory_data = _bind("wasmtime_memory_data", _P, _P, _P)
 _memory_size = _bind("wasmtime_memory_data_size", _SIZE, _P, _P)
+_memory_grow = _bind("wasmtime_memory_grow", _P, _P, _P, ctypes.c_uint64, _P)
+_value_type = _bind("wasm_valtype_new", _P, ctypes.c_uint8)
+_value_types = _bind("wasm_valtype_vec_new", None, _P, _SIZE, _P)
+_function_type = _bind("wasm_functype_new", _P, _P, _P)
+_function_type_delete = _bind("wasm_functype_delete", None, _P)
+_function_new = _bind("wasmtime_func_new_unchecked", None, _P, _P, HostCallback, _P, _P, _P)
 
 _wasi_new = _bind("wasi_config_new", _P)
 _wasi_delete = _bind("wasi_config_delete", None, _P)
@@ -132,8 +151,10 @@ _wasi_stderr = _bind("wasi_config_set_stderr_file", ctypes.c_bool, _P, ctypes.c_
 _bytes_new = _bind("wasm_byte_vec_new", None, _P, _SIZE, ctypes.c_char_p)
 _bytes_delete = _bind("wasm_byte_vec_delete", None, _P)
 _error_message = _bind("wasmtime_error_message", None, _P, _P)
+_error_frames = _bind("wasmtime_error_wasm_trace", None, _P, _P)
 _error_exit = _bind("wasmtime_error_exit_status", ctypes.c_bool, _P, _P)
 _error_delete = _bind("wasmtime_error_delete", None, _P)
+_trap_new = _bind("wasmtime_trap_new", _P, ctypes.c_char_p, _SIZE)
 _trap_message = _bind("wasm_trap_message", None, _P, _P)
 _trap_code = _bind("wasmtime_trap_code", ctypes.c_bool, _P, _P)
 _trap_frames = _bind("wasm_trap_trace", None, _P, _P)
@@ -142,6 +163,7 @@ _frames_delete = _bind("wasm_frame_vec_delete", None, _P)
 _frame_index = _bind("wasm_frame_func_index", ctypes.c_uint32, _P)
 _frame_offset = _bind("wasm_frame_module_offset", _SIZE, _P)
 _frame_name = _bind("wasmtime_frame_func_name", _P, _P)
+_frame_module = _bind("wasmtime_frame_module_name", _P, _P)
 
 # The one call that is hot: without argument types, which would look at each argument again every time.
 _call_function = ctypes.CDLL(_library._name).wasmtime_func_call_unchecked
@@ -174,22 +196,23 @@ def _exit_code(error: int) -> int | None:
     return code.value if _error_exit(error, ctypes.byref(code)) else None
 
 
-def _frames_of(trap: int, names: dict[int, str]) -> list[traps.Frame]:
+def _frames_of(failure: int, names: dict[int, str], read: Callable[..., Any] = _trap_frames) -> list[traps.Frame]:
     vector = ByteVector()
-    _trap_frames(trap, ctypes.byref(vector))
+    read(failure, ctypes.byref(vector))
     count = min(vector.size, traps.MAX_FRAMES)
     pointers = (_P * count).from_address(vector.data) if count else ()
     frames = []
     for each in pointers:
-        index = _frame_index(each)
-        frames.append(traps.Frame(_name_of(each) or names.get(index, ""), index, _frame_offset(each)))
+        if _text_at(_frame_module(each)) != traps.BRIDGE:
+            index = _frame_index(each)
+            name = _text_at(_frame_name(each)) or names.get(index, "")
+            frames.append(traps.Frame(name, index, _frame_offset(each)))
     _frames_delete(ctypes.byref(vector))
     return frames
 
 
-def _name_of(frame: int) -> str:
-    name = _frame_name(frame)
-    return _text_of(ByteVector.from_address(name)) if name else ""
+def _text_at(vector: int | None) -> str:
+    return _text_of(ByteVector.from_address(vector)) if vector else ""
 
 
 # --- the engine ------------------------------------------------------------------------------------------------------
@@ -207,16 +230,19 @@ class RawEngine:
 
     def __init__(self, settings: Settings) -> None:
         self.can_interrupt = settings.epochs
-        self._settings = settings
-        self._engine = self._configured(parallel=False)
-        _freed(self, _engine_delete, self._engine)
+        self.pointer = self._configured(settings, parallel=False)
+        self.settings = settings
+        self.raised: BaseException | None = None  # by a function of the host's, until its guest has ended
+        self._types: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {}
+        _freed(self, _engine_delete, self.pointer)
 
-    def _configured(self, parallel: bool) -> int:
+    @staticmethod
+    def _configured(settings: Settings, parallel: bool) -> int:
         """Make an engine; *parallel* only to compile, because a process with those threads must not fork."""
         config = _config_new()
         _config_parallel(config, parallel)
-        _config_epochs(config, self._settings.epochs)
-        _config_stack(config, stack_bytes(self._settings.stack_limit))
+        _config_epochs(config, settings.epochs)
+        _config_stack(config, stack_bytes(settings.stack_limit))
         _config_may_move(config, False)
         _config_many_memories(config, False)  # the limit is for each memory
         _config_shared_memory(config, False)  # and no limit is for a shared one
@@ -229,7 +255,7 @@ class RawEngine:
         Raises:
             GuestFailed: "invalid-module".
         """
-        engine, module, vector = self._configured(parallel=True), _P(), ByteVector()
+        engine, module, vector = self._configured(self.settings, parallel=True), _P(), ByteVector()
         try:
             error = _module_new(engine, wasm, len(wasm), ctypes.byref(module))
             if error:
@@ -254,13 +280,44 @@ class RawEngine:
         Raises:
             GuestFailed: "stale-code" if it does not fit; "unsupported-import".
         """
-        signs = code_file.read_signs(path)
+        return RawCode(self, self._mapped(path), code_file.read_signs(path))
+
+    def load_member(self, code: str | bytes) -> "RawMember":
+        """Map or copy machine code that `compile` made, for use in a group.
+
+        Raises:
+            GuestFailed: "stale-code" if it does not fit.
+        """
+        if isinstance(code, str):
+            return RawMember(self, self._mapped(code), code_file.read_signs(code))
+        signs = code_file.signs_in(code)
         module = _P()
-        error = _module_load(self._engine, os.fsencode(path), ctypes.byref(module))
-        if error:
-            raise GuestFailed("stale-code", f"the prepared machine code does not fit: {_error_text(error)}")
+        _check_fit(_module_copy(self.pointer, code, len(code), ctypes.byref(module)))
         assert module.value is not None
-        return RawCode(self, self._settings, self._engine, module.value, signs)
+        return RawMember(self, module.value, signs)
+
+    def _mapped(self, path: str) -> int:
+        module = _P()
+        _check_fit(_module_load(self.pointer, os.fsencode(path), ctypes.byref(module)))
+        assert module.value is not None
+        return module.value
+
+    def type_of(self, kind: str) -> tuple[int, tuple[str, ...], tuple[str, ...]]:
+        """Return the type of a function of ours: as wasmtime knows it, its parameters and its results."""
+        found = self._types.get(kind)
+        if found is None:
+            params, results = signature_of(kind)
+            found = self._types[kind] = _new_function_type(params, results), params, results
+            _freed(self, _function_type_delete, found[0])
+        return found
+
+    def function(self, kind: str, run: Callable[..., Any]) -> "HostFunction":
+        """Return a function that guests in groups of this engine can import; see `seam.Engine.function`."""
+        return HostFunction(self, kind, run)
+
+    def open_group(self, memory_limit: int) -> "RawGroup":
+        """Return an empty group, whose memories have that limit."""
+        return RawGroup(self, replace(self.settings, memory_limit=memory_limit))
 
     def interrupt(self) -> None:
         """Stop the guest that runs now, from another thread.
@@ -270,42 +327,26 @@ class RawEngine:
         """
         if not self.can_interrupt:
             raise RuntimeError("this engine was opened without epochs: it cannot interrupt")
-        _engine_increment(self._engine)
+        _engine_increment(self.pointer)
 
 
-class RawCode:
-    """Fits `seam.Code`."""
+def _check_fit(error: int | None) -> None:
+    if error:
+        raise GuestFailed("stale-code", f"the prepared machine code does not fit: {_error_text(error)}")
 
-    def __init__(
-        self,
-        engine: RawEngine,
-        settings: Settings,
-        pointer: int,
-        module: int,
-        signs: code_file.Signs,
-    ) -> None:
+
+class RawMember:
+    """A module as a group takes it. Fits `seam.Member`."""
+
+    def __init__(self, engine: RawEngine, module: int, signs: code_file.Signs) -> None:
+        self.engine = engine  # which outlives us
         self.imports = signs.imports
         self.exports = signs.exports
         self.signs = signs
-        self.settings = settings
+        self.module = module
+        self.rename = signs.rename
         self._slots: dict[str, Slots] = {}
-        self._owner = engine  # which outlives us
-        self._engine = pointer
         _freed(self, _module_delete, module)
-        self._prepared = self._link(module)
-        _freed(self, _prepared_delete, self._prepared)
-
-    def _link(self, module: int) -> int:
-        """Find every import once, for all instances."""
-        linker, prepared = _linker_new(self._engine), _P()
-        try:
-            error = _linker_wasi(linker) or _linker_prepare(linker, module, ctypes.byref(prepared))
-        finally:
-            _linker_delete(linker)
-        if error:
-            raise GuestFailed("unsupported-import", traps.last_cause(_error_text(error)))
-        assert prepared.value is not None
-        return prepared.value
 
     def slots_of(self, name: str) -> "Slots | None":
         """Return the slots of the exported function of that name, or None."""
@@ -314,42 +355,63 @@ class RawCode:
             found = self._slots[name] = Slots(*self.signs.signatures[name])
         return found
 
+
+class RawCode(RawMember):
+    """A module that needs nothing but WASI, or nothing. Fits `seam.Code`."""
+
+    def __init__(self, engine: RawEngine, module: int, signs: code_file.Signs) -> None:
+        super().__init__(engine, module, signs)
+        self._prepared = self._link()
+        _freed(self, _prepared_delete, self._prepared)
+
+    def _link(self) -> int:
+        """Find every import once, for all instances."""
+        linker, prepared = _linker_new(self.engine.pointer), _P()
+        try:
+            error = _linker_wasi(linker) or _linker_prepare(linker, self.module, ctypes.byref(prepared))
+        finally:
+            _linker_delete(linker)
+        if error:
+            raise GuestFailed("unsupported-import", traps.last_cause(_error_text(error)))
+        assert prepared.value is not None
+        return prepared.value
+
     def instantiate(self, wasi: Wasi | None) -> "RawInstance":
         """Make an instance; a reactor's ``_initialize`` is *not* called here.
 
         Raises:
             GuestFailed: out-of-memory and over-limit if it is too large from the start; what its start function does.
         """
-        return RawInstance(self, self._engine, self._prepared, wasi)
+        store = RawStore(self.engine, self.engine.settings)
+        if wasi is not None:
+            store.let_see(wasi)
+        item = InstanceItem()
+        error = _prepared_make(self._prepared, store.context, ctypes.byref(item), ctypes.byref(store.trap))
+        return RawInstance(self, store, item, error)
 
 
-class RawInstance:
-    """Fits `seam.Instance`."""
+class RawStore:
+    """Where instances live, and what the last call into one of them has left behind."""
 
-    def __init__(self, code: RawCode, engine: int, prepared: int, wasi: Wasi | None) -> None:
-        self._code = code
-        self._settings = settings = code.settings
-        self._functions: dict[str, RawFunction | None] = {}
-        self._memory = ExternItem()
-        self._has_memory = False
-        self._view = memoryview(b"")
-        self._size = 0
-        store = _store_new(engine, None, None)
-        self._free = _freed(self, _store_delete, store)
+    def __init__(self, engine: RawEngine, settings: Settings, instances: int = 1) -> None:
+        self.engine = engine
+        self.settings = settings
+        store = _store_new(engine.pointer, None, None)
+        self.free = _freed(self, _store_delete, store)
         self.context: int = _store_context(store)
         self.trap = _P()
-        _store_limits(store, settings.memory_limit, settings.table_limit, 1, -1, 1)
-        if wasi is not None:
-            self._let_see(wasi)
+        # Whom failures are about: the one with the memory. Weakly, so that no cycle keeps a store that nobody uses.
+        self.guest: weakref.ref[RawInstance] | None = None
+        _store_limits(store, settings.memory_limit, settings.table_limit, instances, -1, 1)
         if settings.epochs:
             self.arm()
-        self._item = InstanceItem()
-        error = _prepared_make(prepared, self.context, ctypes.byref(self._item), ctypes.byref(self.trap))
-        if error or self.trap:
-            raise self._not_started(error)
-        self._find_memory()
 
-    def _let_see(self, wasi: Wasi) -> None:
+    def arm(self) -> None:
+        """Have interrupts that come from now on stop what runs here, and none that came before."""
+        _context_deadline(self.context, 1)
+
+    def let_see(self, wasi: Wasi) -> None:
+        """Give the guest its files, arguments and environment."""
         config, stdin = _wasi_new(), read_all(wasi.stdin)
         args = clean_texts("argument", wasi.args)
         names = clean_texts("environment variable", wasi.env)
@@ -372,11 +434,57 @@ class RawInstance:
         if error:
             raise GuestFailed("trap", f"WASI cannot be set up: {_error_text(error)}", {"trap": "other"})
 
-    def _not_started(self, error: int | None) -> GuestFailed:
+    def failure(self, function: str, error: int) -> BaseException:
+        """Return the failure that a call of *function* left behind, and free what it left."""
+        trap, self.trap.value = self.trap.value, None
+        raised, self.engine.raised = self.engine.raised, None
+        guest = None if self.guest is None else self.guest()
+        names, memory = ({}, 0) if guest is None else (guest.names, guest.memory_size())
+        if trap:
+            code = ctypes.c_uint8()
+            number = code.value if _trap_code(trap, ctypes.byref(code)) else None
+            frames = _frames_of(trap, names)
+            text = _taken(trap, _trap_message, _trap_delete)
+            limits = self.settings.memory_limit, stack_bytes(self.settings.stack_limit)
+            return traps.trapped(function, number, text, frames, memory, *limits)
+        exit_code = _exit_code(error)
+        frames = [] if raised is None else _frames_of(error, names, _error_frames)
+        text = _error_text(error)
+        if raised is not None:
+            return traps.ended_by_host(raised, function, frames, memory)
+        if exit_code is not None:
+            return traps.exited(function, exit_code)
+        return traps.failed(function, text, memory, self.settings.memory_limit)
+
+
+class RawInstance:
+    """Fits `seam.Instance`."""
+
+    def __init__(self, code: RawMember, store: RawStore, item: Any, error: int | None) -> None:
+        self._code = code
+        self._store = store
+        self._functions: dict[str, RawFunction | None] = {}
+        self._memory = ExternItem()
+        self._has_memory = False
+        self._view = memoryview(b"")
+        self._size = 0
+        self.context = store.context
+        self.trap = store.trap
+        self.arm = store.arm
+        self.failure = store.failure
+        self.names = code.signs.names
+        self._item = item
+        if error or self.trap:
+            raise self._not_started(error)
+        if store.guest is None or code.signs.memory is not None:
+            store.guest = weakref.ref(self)
+        self._find_memory()
+
+    def _not_started(self, error: int | None) -> BaseException:
         if self.trap or _exit_code(error or 0) is not None:
             return self.failure("start", error or 0)
-        text = _error_text(error or 0)
-        return traps.not_started(text, self._settings.memory_limit, self._settings.table_limit)
+        settings = self._store.settings
+        return traps.not_started(_error_text(error or 0), settings.memory_limit, settings.table_limit)
 
     def _find_memory(self) -> None:
         name = self._code.signs.memory
@@ -404,18 +512,23 @@ class RawInstance:
             return None
         return RawFunction(self, name, item, slots)
 
+    def export(self, name: str) -> ExternItem | None:
+        """Return the export of that name, for another instance of the same group to import; None if there is none."""
+        item = ExternItem()
+        return item if self.find(name, item) else None
+
     def close(self) -> None:
         """Free everything at once. Its functions cannot be called any more."""
+        self.retire()
+        self._store.free()
+
+    def retire(self) -> None:
+        """Make every further use an error in place of a crash: the store is about to go."""
         self._view, self._size, self._has_memory = memoryview(b""), 0, False
         for function in self._functions.values():
             if function is not None:
                 function.retire()
         self._functions.clear()
-        self._free()
-
-    def arm(self) -> None:
-        """Have interrupts that come from now on stop this instance, and none that came before."""
-        _context_deadline(self.context, 1)
 
     def memory_size(self) -> int:
         """Bytes of linear memory now; 0 if it exports none."""
@@ -431,6 +544,17 @@ class RawInstance:
             base = _memory_data(self.context, ctypes.byref(self._memory.of))
             self._view = _memory_view(base, size, _READ_WRITE)
             self._size = size
+
+    def grow(self, pages: int) -> bool:
+        """Make the exported memory larger by so many pages of 64 KiB; tell whether it may be."""
+        if not self._has_memory:
+            return False
+        before = ctypes.c_uint64()
+        error = _memory_grow(self.context, ctypes.byref(self._memory.of), pages, ctypes.byref(before))
+        if error:
+            _error_delete(error)
+        self._look_again()
+        return not error
 
     def read(self, address: int, length: int) -> bytes:
         """Copy out of the exported memory.
@@ -459,21 +583,96 @@ class RawInstance:
         if address < 0 or length < 0 or address + length > self._size:
             raise traps.outside(address, length, self._size)
 
-    def failure(self, function: str, error: int) -> GuestFailed:
-        """Return the failure that a call of *function* left behind, and free what it left."""
-        trap, self.trap.value = self.trap.value, None
-        if trap:
-            code = ctypes.c_uint8()
-            number = code.value if _trap_code(trap, ctypes.byref(code)) else None
-            frames = _frames_of(trap, self._code.signs.names)
-            text = _taken(trap, _trap_message, _trap_delete)
-            limits = self._settings.memory_limit, stack_bytes(self._settings.stack_limit)
-            return traps.trapped(function, number, text, frames, self.memory_size(), *limits)
-        exit_code = _exit_code(error)
-        text = _error_text(error)
-        if exit_code is not None:
-            return traps.exited(function, exit_code)
-        return traps.failed(function, text, self.memory_size(), self._settings.memory_limit)
+
+class RawGroup:
+    """Fits `seam.Group`."""
+
+    def __init__(self, engine: RawEngine, settings: Settings) -> None:
+        self._store = RawStore(engine, settings, GROUP_SIZE)
+        self._instances: list[RawInstance] = []
+        self._given: list[HostFunction | ExternItem] = []  # whose callbacks must live as long as the store
+        self.arm = self._store.arm
+
+    def add(self, member: RawMember, given: Sequence["HostFunction | ExternItem"]) -> RawInstance:
+        """Make an instance that imports what is *given*, in the order of its imports.
+
+        Raises:
+            GuestFailed: "unsupported-import" if something does not fit; as `RawCode.instantiate`.
+        """
+        items = (ExternItem * max(1, len(given)))()
+        self._given += given
+        for place, each in enumerate(given):
+            items[place] = each.item(self._store.context) if isinstance(each, HostFunction) else each
+        store, item = self._store, InstanceItem()
+        error = _instance_new(
+            store.context, member.module, items, len(given), ctypes.byref(item), ctypes.byref(store.trap)
+        )
+        instance = RawInstance(member, store, item, error)
+        self._instances.append(instance)
+        return instance
+
+    def close(self) -> None:
+        """Free everything at once. Its functions cannot be called any more."""
+        for instance in self._instances:
+            instance.retire()
+        self._instances.clear()
+        self._store.free()
+        self._given.clear()
+
+
+class HostFunction:
+    """A function of the host's as guests import it; one callback for all the groups of its engine."""
+
+    def __init__(self, engine: RawEngine, kind: str, run: Callable[..., Any]) -> None:
+        self._type, params, results = engine.type_of(kind)
+        self._callback = HostCallback(_entry(engine, params, results, run))
+
+    def item(self, context: int) -> ExternItem:
+        """Return it as the store of that context knows it."""
+        item = ExternItem(_FUNCTION)
+        _function_new(context, self._type, self._callback, None, None, ctypes.byref(item.of))
+        return item
+
+
+def _new_function_type(params: Sequence[str], results: Sequence[str]) -> int:
+    vectors = []
+    for kinds in (params, results):
+        vector, types = ByteVector(), (_P * max(1, len(kinds)))(*(_value_type(_KINDS[each]) for each in kinds))
+        _value_types(ctypes.byref(vector), len(kinds), types)  # takes them
+        vectors.append(vector)
+    pointer: int = _function_type(*map(ctypes.byref, vectors))  # takes both
+    return pointer
+
+
+def _entry(
+    engine: RawEngine, params: Sequence[str], results: Sequence[str], run: Callable[..., Any]
+) -> Callable[[Any, Any, int, int], int]:
+    """Return what a guest enters when it calls *run*. Nothing may be raised from there, so it is kept."""
+    places = [(_VIEWS[kind].from_address, at * VALUE_BYTES) for at, kind in enumerate(params)]
+    store = _VIEWS[results[0]].from_address if results else None
+
+    def fail(problem: BaseException) -> int:
+        engine.raised = problem
+        trap: int = _trap_new(_HOST_FAILED, len(_HOST_FAILED))
+        return trap
+
+    def enter(_environment: Any, _caller: Any, values: int, _count: int) -> int:
+        try:
+            result = run(*[view(values + at).value for view, at in places])
+            if store is not None:
+                store(values).value = result
+        except BaseException as problem:  # noqa: BLE001 - whoever called the guest gets it
+            return fail(problem)
+        return 0
+
+    def enter_at_once(_environment: Any, _caller: Any, values: int, _count: int) -> int:
+        try:  # for clocks, which some models ask thousands of times in a call
+            store(values).value = run()  # type: ignore[misc]
+        except BaseException as problem:  # noqa: BLE001
+            return fail(problem)
+        return 0
+
+    return enter_at_once if store is not None and not places else enter
 
 
 class Slots:

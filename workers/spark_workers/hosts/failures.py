@@ -20,6 +20,7 @@ KINDS = {
     "wrong-signature": "the function takes other arguments",
     "bad-answer": "the answer does not lie in the guest's memory",
     "interrupted": "the supervisor asked for it to be stopped",
+    "xcall": "another service that it called gave no answer",
 }
 
 

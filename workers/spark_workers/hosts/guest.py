@@ -103,14 +103,14 @@ def _initialize(instance: Instance) -> None:
 
 
 def call_export(
-    instance: Instance, exports: Sequence[Extern], function: str, arguments: Sequence[Number]
+    instance: Instance, exports: Sequence[Extern], function: str, arguments: Sequence[Number], export: str = ""
 ) -> list[Number]:
-    """Call an export of *instance* with numbers.
+    """Call an export of *instance* with numbers; *export* is its name in the module if callers use another one.
 
     Raises:
         GuestFailed: missing-export, wrong-signature, or what happens in the guest.
     """
-    found = instance.function(function)
+    found = instance.function(export or function)
     if found is None:
         raise _missing(function, exports)
     result = found(*arguments)

@@ -161,6 +161,13 @@ def report(outline: Outline, size: int, settings: Settings) -> dict[str, Any]:
         "kind": kind,
         "entry": entries.get(kind, settings.entry),
         "runs": _statement(kind, functions, outline, settings.entry),
+        **look_at(outline, size),
+    }
+
+
+def look_at(outline: Outline, size: int) -> dict[str, Any]:
+    """Return the part of a report that says what is in a module of *size* bytes, whatever kind of model it is."""
+    return {
         "imports": [_shown(each) for each in outline.imports[:MOST_LISTED]],
         "exports": [_shown(each) for each in outline.exports[:MOST_LISTED]],
         "left_out": max(0, len(outline.imports) - MOST_LISTED) + max(0, len(outline.exports) - MOST_LISTED),
