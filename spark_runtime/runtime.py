@@ -255,7 +255,11 @@ class Spark:
         deadline = NEVER if limit is None else time.monotonic() + limit
         call = Call(name, function, payload, deadline, read, self._stop)
         call.context = context
-        self._pool.submit(name, [call])
+        try:
+            self._pool.submit(name, [call])
+        except KeyboardInterrupt:
+            self._pool.abandon(name, [call])
+            raise
         return call
 
     def _begin(self, name: str, opened: Opened, timeout: float | None, context: Context | None = None) -> Call:
@@ -276,11 +280,15 @@ class Spark:
             self._pool.submit(name, (job,))
             return job.wait()
         except KeyboardInterrupt:
-            self._pool.abandon(name, job)
+            self._pool.abandon(name, [job])
             raise
 
     def _stop(self, call: Call) -> bool:
-        return self._pool.stop(call.model, call)
+        try:
+            return self._pool.stop(call.model, call)
+        except KeyboardInterrupt:
+            self._pool.abandon(call.model, [call])
+            raise
 
     def _limit(self, name: str, timeout: float | None) -> float | None:
         if timeout is not None:

@@ -167,14 +167,14 @@ def test_a_call_that_the_replica_has_begun_is_not_taken_back() -> None:
     history = History(seconds=QUICK)
     jobs = history.add_many(3)
     history.ports[0].begin_next()  # it has answered 0, which we have not read, and begun 1
-    history.dispatcher.give_back(history.lanes[0].take_back())
+    history.dispatcher.give_back(history.dispatcher.take_back(history.lanes[0]))
     assert [job.state for job in jobs] == [SENT, SENT, WAITING]
 
 
 def test_nothing_is_sent_ahead_until_the_replica_has_passed_what_was_taken_back() -> None:
     history = History(seconds=QUICK)
     history.add_many(3)
-    history.dispatcher.give_back(history.lanes[0].take_back())
+    history.dispatcher.give_back(history.dispatcher.take_back(history.lanes[0]))
     history.answer(history.lanes[0])  # 0: behind it in the pipe lie 1 and 2, without tokens
     assert history.sent(0)[3:] == ["1"]
     history.answer(history.lanes[0])
@@ -186,7 +186,7 @@ def test_taken_back_calls_keep_their_order() -> None:
     history = History(seconds=QUICK)
     for number in range(6):
         history.add(str(number))
-    history.dispatcher.give_back(history.lanes[0].take_back())
+    history.dispatcher.give_back(history.dispatcher.take_back(history.lanes[0]))
     assert [job.function for job in history.dispatcher.waiting()] == ["1", "2", "3", "4", "5"]
 
 

@@ -19,7 +19,6 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -163,24 +162,6 @@ def the_nursery() -> int:
 def echo_slowly(folder: Path, turns: int = 1_000_000) -> Path:
     """A model that takes about half a microsecond a thousand turns, and answers what it was asked."""
     return module(folder, f"slow{turns}", SLOW_ECHO.replace("TURNS", str(turns)))
-
-
-@contextlib.contextmanager
-def meanwhile(work: Callable[[], None]) -> Iterator[None]:
-    """Do *work* over and over on another thread for the length of a block; what it raises is raised at the end."""
-    is_over = threading.Event()
-
-    def repeat() -> None:
-        while not is_over.is_set():
-            work()
-
-    with ThreadPoolExecutor(1) as thread:
-        working = thread.submit(repeat)
-        try:
-            yield
-        finally:
-            is_over.set()
-        working.result(30)
 
 
 @pytest.fixture

@@ -53,7 +53,9 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
     except SparkError as problem:
-        click.echo(f"spark: {problem}", err=True)
+        from spark_cli.words import visible
+
+        click.echo(f"spark: {visible(str(problem))}", err=True)
         sys.exit(USAGE)
     except BrokenPipeError:
         sys.exit(0)  # whoever read our output has seen enough

@@ -6,8 +6,10 @@ looked at before somebody asks for what is in the files.
 """
 
 import os
+import stat
 import threading
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from spark_runtime.config import Model
@@ -25,6 +27,15 @@ ZIP = b"PK\x03\x04"
 Read = Callable[[bytes, str, int], Any]
 _State = tuple[int, int, int]
 _Content = tuple[_State, "Documents", "Identity"]
+
+
+def begins_as_zip(path: str | Path) -> bool:
+    """Tell whether the file at *path* begins as a zip does; one that cannot be read at once does not."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a FIFO that nobody writes to would hang
+    try:
+        return stat.S_ISREG(os.fstat(descriptor).st_mode) and os.read(descriptor, len(ZIP)) == ZIP
+    finally:
+        os.close(descriptor)
 
 
 class Opened(NamedTuple):
@@ -89,8 +100,7 @@ class Fronts:
         known = self._packages.get(name)
         if known is None:
             try:
-                with open(self._models[name].path, "rb") as file:
-                    known = self._packages[name] = file.read(len(ZIP)) == ZIP
+                known = self._packages[name] = begins_as_zip(self._models[name].path)
             except (OSError, ValueError):
                 return False  # whoever loads it says what is wrong with it
         return known

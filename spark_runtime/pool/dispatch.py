@@ -66,16 +66,19 @@ class Lane:
         self._looked_at = self.last_answered
         return is_slow
 
-    def take_back(self) -> list[Job]:
-        """Take back what was sent ahead and not begun, in order."""
+    def take_back(self, moving: list[Job]) -> list[Job]:
+        """Take back what was sent ahead and not begun, in order; *moving* learns of it first."""
         behind = len(self.sent) - 1
         if behind <= 0:
             return []
         taken = self.port.take_back(behind)
-        jobs = [self.sent.pop() for _ in range(taken)]
-        jobs.reverse()
-        if jobs:
-            self._ahead_after = jobs[-1].serial
+        if not taken:
+            return []
+        jobs = list(self.sent)[-taken:]
+        moving.extend(jobs)
+        for _ in jobs:
+            self.sent.pop()
+        self._ahead_after = jobs[-1].serial
         return jobs
 
 
@@ -91,6 +94,9 @@ class Dispatcher:
         self._serial = 0
         self._seconds = 0.0
         self._answers = 0
+        # What is under way from one ledger to another: all there is to go by if Ctrl-C strikes in between.
+        self._moving: list[Job] = []
+        self._sending: Lane | None = None
         self.window = 1
         self.has_ahead = False  # a call may stand behind another
 
@@ -118,6 +124,10 @@ class Dispatcher:
         self.waiting_count += len(self._waiting) - before
         self._feed()
 
+    def take_back(self, lane: Lane) -> list[Job]:
+        """Take back what was sent ahead to a replica and not begun; `give_back` follows."""
+        return lane.take_back(self._moving)
+
     def give_back(self, jobs: list[Job]) -> None:
         """Put calls that no replica began where they came from: to the front, in order."""
         for job in reversed(jobs):
@@ -127,6 +137,7 @@ class Dispatcher:
                     job.deadline = NEVER
                 self._waiting.appendleft(job)
                 self.waiting_count += 1
+        self._moving.clear()
         self._feed()
 
     def drop_waiting(self, job: Job) -> None:
@@ -190,13 +201,26 @@ class Dispatcher:
     def retire(self, lane: Lane) -> None:
         """Send a replica nothing more; what it is at it may answer."""
         self._forget(lane)
-        self.give_back(lane.take_back())
+        self.give_back(self.take_back(lane))
 
-    def mend(self) -> None:
-        """Make the ledgers agree after a caller was interrupted in the middle of `add`, by Ctrl-C for example."""
-        self._idle.extend(lane for lane in self.lanes if not lane.sent and lane not in self._idle)
+    def mend(self, abandoned: Iterable[Job] = ()) -> Lane | None:
+        """Make the ledgers agree after a caller was interrupted in the middle of them, by Ctrl-C for example.
+
+        Calls that were *abandoned* are finished. Return the lane that was just being sent to, if there was one: nobody
+        knows what of it went out, so its replica has to be replaced.
+        """
+        for job in abandoned:
+            job.state = FINISHED
+        known = {id(job) for lane in self.lanes for job in lane.sent} | {id(job) for job in self._waiting}
+        lost = [job for job in self._moving if id(job) not in known]
+        self._moving.clear()
+        self._idle = deque(lane for lane in self.lanes if not lane.sent)
         self.waiting_count = sum(job.state == WAITING for job in self._waiting)
-        self._feed()
+        lane, self._sending = self._sending, None
+        if lane is not None and not lane.is_open:
+            lane = None
+        self.give_back(lost)
+        return lane
 
     def _forget(self, lane: Lane) -> None:
         if lane.is_open:
@@ -212,7 +236,7 @@ class Dispatcher:
             if len(lane.sent) > 1:
                 self.has_ahead = True
                 if lane.is_slow():
-                    self.give_back(lane.take_back())
+                    self.give_back(self.take_back(lane))
         return self.has_ahead
 
     def take_out(self, job: Job, *, close: bool) -> Lane | None:
@@ -225,7 +249,7 @@ class Dispatcher:
         job.state = FINISHED
         lane = job.lane
         assert lane is not None
-        taken = lane.take_back()
+        taken = self.take_back(lane)
         must_stop = bool(lane.sent) and lane.sent[-1] is job  # what is left was begun, in order: it is at the last
         if must_stop and close:
             self._forget(lane)
@@ -259,6 +283,7 @@ class Dispatcher:
         for lane, jobs in planned.items():
             if jobs:
                 self._send(lane, jobs)
+        self._moving.clear()
 
     def _some_ahead(self, count: int) -> list[Job]:
         jobs: list[Job] = []
@@ -276,11 +301,13 @@ class Dispatcher:
     def _next(self) -> Job:
         while (job := self._waiting.popleft()).state != WAITING:
             pass  # cancelled while it waited
+        self._moving.append(job)
         self.waiting_count -= 1
         return job
 
     def _send(self, lane: Lane, jobs: list[Job]) -> None:
         is_first = not lane.sent
+        self._sending = lane
         for job in jobs:
             self._serial += 1
             job.serial = self._serial
@@ -292,3 +319,4 @@ class Dispatcher:
         if len(lane.sent) > 1:
             self.has_ahead = True
         lane.port.send(jobs[0] if is_first else None, jobs[1:] if is_first else jobs)
+        self._sending = None

@@ -33,12 +33,13 @@ from spark_runtime.errors import (
 )
 from spark_runtime.models.prepared import Prepared
 from spark_runtime.pool.dispatch import Dispatcher, Lane
-from spark_runtime.pool.job import FINISHED, WAITING, Call, Job
+from spark_runtime.pool.job import FINISHED, SENT, WAITING, Call, Job
 from spark_runtime.pool.loop import PoolLoop
 from spark_runtime.pool.replica import Observer, Replica
 from spark_runtime.pool.statistics import ModelStatistics, ReplicaStatistics, memory_of, quantile
 from spark_workers.frames import FrameBroken
 from spark_workers.messages import Failed, Host, Hosted, Message, Printed, Refused, XAnswer, XCall
+from spark_workers.replicas.page import OUT_OF_MEMORY
 
 _log = logging.getLogger("spark_runtime")
 
@@ -180,6 +181,16 @@ class ModelPool:
         return ExecuteTimeout(
             f"model {name!r}, replica {number}: no answer in time; its work was stopped", name, number
         )
+
+    def mend(self, abandoned: Sequence[Job]) -> None:
+        """Put in order what a caller was interrupted in; its own calls are *abandoned*."""
+        for job in abandoned:
+            if job.state == SENT:
+                self.stop(job)
+        lane = self.dispatcher.mend(abandoned)
+        replica = next((each for each, its in self._lanes() if its is lane), None)
+        if replica is not None:
+            replica.kill("a caller was interrupted while it sent something")
 
     def take_all(self) -> list[Job]:
         """Finish and return every call."""
@@ -616,7 +627,7 @@ class ModelPool:
         with self._owner.lock:
             lane = dict(self._lanes()).get(replica)
             if lane is not None and lane.sent and lane.sent[0] is job:
-                taken = lane.take_back()
+                taken = self.dispatcher.take_back(lane)
                 self.dispatcher.close(lane)
                 self._kill(replica, "its call did not stop when it was interrupted")
                 self.dispatcher.give_back(taken)
@@ -642,6 +653,8 @@ def _cancel(call: Call) -> None:
 def _how(status: int, reason: str) -> str:
     if reason:
         return reason
+    if status == OUT_OF_MEMORY:
+        return "it could not get the memory it needed"
     if status >= 0:
         return f"exit code {status}"
     try:

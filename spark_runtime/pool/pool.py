@@ -123,15 +123,12 @@ class Pool:
             self._loaded[name].stop(job)
         return True
 
-    def abandon(self, name: str, job: Job) -> None:
-        """Finish a call whose caller was interrupted, in whatever it was."""
+    def abandon(self, name: str, jobs: Sequence[Job]) -> None:
+        """Finish calls whose caller was interrupted, by Ctrl-C in whatever it was, and put things in order."""
         with self.lock:
             models = self._loaded.get(name)
-            if models is None:
-                return
-            if job.state != FINISHED:
-                models.stop(job)
-            models.dispatcher.mend()
+            if models is not None:
+                models.mend(jobs)
 
     def prepared(self, model: Model) -> tuple[ModelFile, Prepared]:
         """Prepare a model without running it; blocks. Errors as `Preparer.prepare`."""

@@ -193,7 +193,8 @@ class Replica:
             with self._reading:
                 if lane.is_quick:
                     self._spin()
-                while job.state == SENT and self._receive(flags=0):
+                # No others' answers here, where Ctrl-C may strike: if their calls stand behind ours, the loop reads.
+                while job.state == SENT and len(lane.sent) == 1 and self._receive(flags=0):
                     self._deliver()
         except BaseException:  # a KeyboardInterrupt: what was received may be lost, so nothing more can be read
             self.kill("a caller was interrupted while it read")

@@ -51,6 +51,9 @@ class LoopChannel:
         """Close this end in a fork of this process, whose loop does not run."""
         self._is_open = False
         self._end.close()
+        for _, descriptors in self._unsent:
+            _close_all(descriptors)
+        self._unsent.clear()
 
     def close(self) -> None:
         """Close this end; nothing is reported."""

@@ -445,7 +445,9 @@ def test_a_guest_has_the_stack_of_its_limit_and_not_much_more(prepare: Callable[
 
     small, large = deepest(64 << 10), deepest(1 << 20)
     frame = 16  # bytes, the least that a call takes
-    assert small < (1 << 20) // frame
+    status = Path("/proc/self/status").read_text()
+    grown = int(status.split("VmStk:")[1].split()[0]) << 10  # what this process's stack has become stays its child's
+    assert small < ((1 << 20) + grown) // frame
     assert large - small > (900 << 10) // (4 * frame)
 
 

@@ -64,7 +64,11 @@ def main(descriptor: int, parent: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # and nothing waits on SIGTERM: end-of-file ends us
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     system.adopt_orphans()
-    Nursery(Channel(socket.socket(fileno=descriptor)), parent).run()
+    channel = Channel(socket.socket(fileno=descriptor))
+    try:
+        Nursery(channel, parent).run()
+    finally:
+        channel.close()
 
 
 class Nursery:

@@ -6,6 +6,7 @@ Each number is written by one side only and is eight aligned bytes, so neither s
 import mmap
 import struct
 
+OUT_OF_MEMORY = 112  # exit code of a replica that could not get the memory it needed: words would take some
 _NUMBER = struct.Struct("=Q")
 _AT, _STOP = 0, 8
 

@@ -22,7 +22,7 @@ from spark_workers.hosts.failures import GuestFailed
 from spark_workers.hosts.host import Host as ModelHost
 from spark_workers.hosts.host import open_host
 from spark_workers.messages import Failed, Host, Hosted, Printed, Refused, XAnswer, XCall, decode, work_in
-from spark_workers.replicas.page import Page
+from spark_workers.replicas.page import OUT_OF_MEMORY, Page
 from spark_workers.spin import QUICK_SECONDS, Spin
 
 _pack = msgpack.Packer(autoreset=True).pack
@@ -56,6 +56,8 @@ def start(channel_descriptor: int, bell_descriptor: int) -> int:
         replica.serve()
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the supervisor has let this replica go, or is gone
+    except MemoryError:
+        return OUT_OF_MEMORY
     return 0
 
 
