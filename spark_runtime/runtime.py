@@ -255,11 +255,7 @@ class Spark:
         deadline = NEVER if limit is None else time.monotonic() + limit
         call = Call(name, function, payload, deadline, read, self._stop)
         call.context = context
-        try:
-            self._pool.submit(name, [call])
-        except KeyboardInterrupt:
-            self._pool.abandon(name, [call])
-            raise
+        self._pool.submit(name, [call])
         return call
 
     def _begin(self, name: str, opened: Opened, timeout: float | None, context: Context | None = None) -> Call:
@@ -284,11 +280,7 @@ class Spark:
             raise
 
     def _stop(self, call: Call) -> bool:
-        try:
-            return self._pool.stop(call.model, call)
-        except KeyboardInterrupt:
-            self._pool.abandon(call.model, [call])
-            raise
+        return self._pool.stop(call.model, call)
 
     def _limit(self, name: str, timeout: float | None) -> float | None:
         if timeout is not None:

@@ -96,7 +96,7 @@ class Dispatcher:
         self._answers = 0
         # What is under way from one ledger to another: all there is to go by if Ctrl-C strikes in between.
         self._moving: list[Job] = []
-        self._sending: Lane | None = None
+        self._touched: list[Lane] = []
         self.window = 1
         self.has_ahead = False  # a call may stand behind another
 
@@ -126,6 +126,7 @@ class Dispatcher:
 
     def take_back(self, lane: Lane) -> list[Job]:
         """Take back what was sent ahead to a replica and not begun; `give_back` follows."""
+        self._touched.append(lane)
         return lane.take_back(self._moving)
 
     def give_back(self, jobs: list[Job]) -> None:
@@ -138,6 +139,7 @@ class Dispatcher:
                 self._waiting.appendleft(job)
                 self.waiting_count += 1
         self._moving.clear()
+        self._touched.clear()
         self._feed()
 
     def drop_waiting(self, job: Job) -> None:
@@ -203,24 +205,27 @@ class Dispatcher:
         self._forget(lane)
         self.give_back(self.take_back(lane))
 
-    def mend(self, abandoned: Iterable[Job] = ()) -> Lane | None:
+    def mend(self, abandoned: Iterable[Job] = ()) -> list[Lane]:
         """Make the ledgers agree after a caller was interrupted in the middle of them, by Ctrl-C for example.
 
-        Calls that were *abandoned* are finished. Return the lane that was just being sent to, if there was one: nobody
-        knows what of it went out, so its replica has to be replaced.
+        Calls that were *abandoned* before they were sent are finished. Return the lanes that something was just being
+        sent to, or taken back from: nobody knows how far that went, so their replicas have to be replaced.
         """
+        sent = {id(job) for lane in self.lanes for job in lane.sent}
         for job in abandoned:
-            job.state = FINISHED
-        known = {id(job) for lane in self.lanes for job in lane.sent} | {id(job) for job in self._waiting}
+            if id(job) not in sent:
+                job.state = FINISHED
+        known = sent | {id(job) for job in self._waiting}
         lost = [job for job in self._moving if id(job) not in known]
         self._moving.clear()
         self._idle = deque(lane for lane in self.lanes if not lane.sent)
         self.waiting_count = sum(job.state == WAITING for job in self._waiting)
-        lane, self._sending = self._sending, None
-        if lane is not None and not lane.is_open:
-            lane = None
+        touched = [lane for lane in self._touched if lane.is_open]
+        self._touched.clear()
+        for lane in touched:
+            self._forget(lane)
         self.give_back(lost)
-        return lane
+        return touched
 
     def _forget(self, lane: Lane) -> None:
         if lane.is_open:
@@ -299,15 +304,16 @@ class Dispatcher:
         return jobs
 
     def _next(self) -> Job:
-        while (job := self._waiting.popleft()).state != WAITING:
-            pass  # cancelled while it waited
+        while (job := self._waiting[0]).state != WAITING:
+            self._waiting.popleft()  # cancelled while it waited
         self._moving.append(job)
+        self._waiting.popleft()
         self.waiting_count -= 1
         return job
 
     def _send(self, lane: Lane, jobs: list[Job]) -> None:
         is_first = not lane.sent
-        self._sending = lane
+        self._touched.append(lane)
         for job in jobs:
             self._serial += 1
             job.serial = self._serial
@@ -319,4 +325,4 @@ class Dispatcher:
         if len(lane.sent) > 1:
             self.has_ahead = True
         lane.port.send(jobs[0] if is_first else None, jobs[1:] if is_first else jobs)
-        self._sending = None
+        self._touched.pop()

@@ -76,6 +76,10 @@ class PoolLoop:
             self._is_woken = True
             self._wake()
 
+    def nudge(self) -> None:
+        """Have the loop look at what was posted, even if whoever posted it was kept from waking it."""
+        self._wake()
+
     def close(self) -> None:
         """End the thread after what was posted, and wait for it; any other thread may call this."""
         self._is_closing = True

@@ -184,13 +184,13 @@ class ModelPool:
 
     def mend(self, abandoned: Sequence[Job]) -> None:
         """Put in order what a caller was interrupted in; its own calls are *abandoned*."""
+        touched = self.dispatcher.mend(abandoned)
+        for replica, lane in self._lanes():
+            if lane in touched:
+                replica.kill("a caller was interrupted while it sent something")
         for job in abandoned:
-            if job.state == SENT:
+            if job.state == SENT and job.lane not in touched:
                 self.stop(job)
-        lane = self.dispatcher.mend(abandoned)
-        replica = next((each for each, its in self._lanes() if its is lane), None)
-        if replica is not None:
-            replica.kill("a caller was interrupted while it sent something")
 
     def take_all(self) -> list[Job]:
         """Finish and return every call."""

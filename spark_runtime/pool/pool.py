@@ -105,30 +105,52 @@ class Pool:
             SparkClosed, QueueFull, ModelUnusable, EngineMissing: None of them was taken.
         """
         with self.lock:
-            models = self._loaded.get(name) or self._load(name)
-            if bounded and models.dispatcher.waiting_count:
-                self._check_room(len(jobs))
-            self._touch(name, models)
-            models.add(jobs)
-            deadline = jobs[0].deadline if jobs[0].limit is None else time.monotonic() + jobs[0].limit
-            if deadline < self._deadline:
-                self._deadline = deadline
-                self.loop.post(self._set_sweep)
+            models = self._loaded.get(name)
+            try:
+                if models is None:
+                    models = self._load(name)
+                if bounded and models.dispatcher.waiting_count:
+                    self._check_room(len(jobs))
+                self._touch(name, models)
+                models.add(jobs)
+                deadline = jobs[0].deadline if jobs[0].limit is None else time.monotonic() + jobs[0].limit
+                if deadline < self._deadline:
+                    self._deadline = deadline
+                    self.loop.post(self._set_sweep)
+            except KeyboardInterrupt:
+                self._mend(name, models, jobs)
+                raise
 
     def stop(self, name: str, job: Job) -> bool:
         """Finish a call, wherever it is; return False if it had finished. Whoever stops it tells its caller."""
         with self.lock:
             if job.state == FINISHED or self._is_closed:  # closed with calls only in a fork of the program
                 return False
-            self._loaded[name].stop(job)
+            models = self._loaded[name]
+            try:
+                models.stop(job)
+            except KeyboardInterrupt:
+                self._mend(name, models, [job])
+                raise
         return True
 
     def abandon(self, name: str, jobs: Sequence[Job]) -> None:
         """Finish calls whose caller was interrupted, by Ctrl-C in whatever it was, and put things in order."""
         with self.lock:
-            models = self._loaded.get(name)
-            if models is not None:
-                models.mend(jobs)
+            self._mend(name, self._loaded.get(name), jobs)
+
+    def _mend(self, name: str, models: ModelPool | None, jobs: Sequence[Job]) -> None:
+        """Put in order what Ctrl-C struck in the middle of; under the lock still, so that nobody saw it."""
+        if models is not None:
+            self._loaded.setdefault(name, models)
+            models.mend(jobs)
+            self._deadline = min(self._deadline, time.monotonic())
+        elif name in self._loaded:  # it was about to be loaded
+            self._loaded.pop(name).close()
+        for job in jobs:
+            job.state = FINISHED
+        self.loop.post(self._set_sweep)
+        self.loop.nudge()
 
     def prepared(self, model: Model) -> tuple[ModelFile, Prepared]:
         """Prepare a model without running it; blocks. Errors as `Preparer.prepare`."""

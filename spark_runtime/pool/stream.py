@@ -123,9 +123,6 @@ class Stream:
     def _send(self, group: list[Job]) -> None:
         try:
             self._pool.submit(self._model, group, bounded=False)
-        except KeyboardInterrupt:
-            self._pool.abandon(self._model, group)
-            raise
         except BaseException:
             for row in group:
                 row.state = FINISHED  # none of them was taken

@@ -1,5 +1,6 @@
 """Hosts: how requests reach each kind of model, what is freed, what is printed, and the compile worker's entry."""
 
+import gc
 import importlib.util
 import json
 import os
@@ -491,6 +492,7 @@ def test_a_guest_that_prints_without_end_fills_no_disk_and_no_memory(tmp_path: P
 
 def test_hosts_leave_no_descriptors_behind(workshop: Workshop) -> None:
     def open_descriptors() -> int:
+        gc.collect()
         return len(os.listdir("/proc/self/fd"))
 
     if not os.path.isdir("/proc/self/fd"):
