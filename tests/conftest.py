@@ -2,12 +2,15 @@
 
 import faulthandler
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 
 import pytest
 
 faulthandler.enable()
+# A shell gives what it starts in the background an ignored SIGINT, and so would we to every program under test.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -103,9 +103,12 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(arguments: list[str], told: s
 def test_ctrl_c_ends_it_with_130_and_no_traceback() -> None:
     command = [*SPARK, "exec", WORK, "--arg", "spin"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    until_busy(process.pid)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
+    try:
+        until_busy(process.pid)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert (out, err.strip()) == ("", "")
 
