@@ -215,12 +215,8 @@ class Pool:
         self._preparer.close()
         for replica in self._replicas:
             replica.release()
-        limit = time.monotonic() + END_SECONDS
         for nursery in self._nurseries.values():
-            while not nursery.has_ended() and time.monotonic() < limit:
-                time.sleep(0.001)
-            if not nursery.has_ended():
-                nursery.kill()
+            nursery.wait(END_SECONDS)
 
     # --- models, under the lock ---
 

@@ -133,6 +133,13 @@ class Nursery:
         """Tell whether the process is gone; it is reaped then."""
         return self._popen.poll() is not None
 
+    def wait(self, seconds: float) -> None:
+        """Wait for the end of a closed nursery, *seconds* at most, then make sure of it. Not for a loop's thread."""
+        try:
+            self._popen.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
     def kill(self) -> None:
         """End it at once, and wait until it is gone."""
         self._popen.kill()

@@ -125,31 +125,27 @@ class _Reader:
 
     def number(self, bits: int = 32) -> int:
         """An unsigned LEB128 number."""
-        value = shift = 0
-        while True:
-            byte = self.byte()
-            value |= (byte & 0x7F) << shift
-            shift += 7
-            if not byte & 0x80:
-                break
-            if shift >= bits + 7:
-                raise OutlineUnreadable(f"at byte {self.at} a number is too long")
+        value, _, _ = self._leb128(bits)
         if value >> bits:
             raise OutlineUnreadable(f"at byte {self.at} a number is too large")
         return value
 
     def signed(self, bits: int = 33) -> int:
         """A signed LEB128 number."""
+        value, shift, last = self._leb128(bits)
+        return value - (1 << shift) if last & 0x40 else value
+
+    def _leb128(self, bits: int) -> tuple[int, int, int]:
+        """Return the bits of a number, how many there were, and the last byte, which has the sign."""
         value = shift = 0
         while True:
             byte = self.byte()
             value |= (byte & 0x7F) << shift
             shift += 7
             if not byte & 0x80:
-                break
+                return value, shift, byte
             if shift >= bits + 7:
                 raise OutlineUnreadable(f"at byte {self.at} a number is too long")
-        return value - (1 << shift) if byte & 0x40 else value
 
     def count(self) -> int:
         """How many items follow. Each takes a byte at least, so that a count is never more than the bytes left."""

@@ -14,7 +14,7 @@ from collections import deque
 
 import msgpack
 
-from spark_workers.channel import READ_SIZE, Channel
+from spark_workers.channel import Channel
 from spark_workers.engines.seam import Settings
 from spark_workers.failpoints import hit
 from spark_workers.frames import HEADER, MAGIC, MAX_PAYLOAD, VERSION, FrameDecoder
@@ -28,6 +28,7 @@ from spark_workers.spin import QUICK_SECONDS, Spin
 _pack = msgpack.Packer(autoreset=True).pack
 _STOP_SIGNAL = signal.SIGUSR1
 AGAIN_SECONDS = 0.005
+READ_SIZE = 64 * 1024  # every byte of it is memory that a replica has for itself
 MOST = MAX_PAYLOAD - 64  # of an answer: the message around it takes a little
 
 
